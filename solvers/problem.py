@@ -1,0 +1,170 @@
+"""The planning problem and its solution, as plain numbers.
+
+A training step runs its regions forward in order and backward in reverse order. Each region offers
+options; an option says how many bytes it stores between its forward and its backward, how many bytes
+its own forward and backward need at their worst, and how many seconds of recomputation it costs.
+Choosing one option per region fixes the bytes alive at every moment of the step:
+
+    bytes(moment) = base_bytes
+                  + stored_bytes of the regions before ``moment.stored``
+                  + forward_bytes or backward_bytes of ``moment.region``
+                  + size_bytes of the shared tensors that a chosen option keeps alive
+
+A choice is feasible when no moment exceeds the budget. This module depends on nothing but the
+standard library; the solvers in this package read a :class:`Problem` and return a :class:`Solution`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+Phase = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run a region."""
+
+    action: str
+    """``keep``, ``checkpoint`` or ``selective``."""
+    stored_bytes: int
+    """Held from the end of the region's forward to the start of its backward."""
+    forward_bytes: int
+    """Most that the region's forward holds at once above its moment's base."""
+    backward_bytes: int
+    """Most that the region's backward holds at once above its moment's base, stored bytes included."""
+    recompute_seconds: float
+    keep: tuple[str, ...] = ()
+    """Names of the tensors that are kept, for ``selective``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of the model that is planned as one. Options are in the order that the planner chose."""
+
+    name: str
+    options: tuple[Option, ...]
+    kind: int
+    """Regions of equal kind are identical: same options, interchangeable but for their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A stretch of the step that is budgeted by one row."""
+
+    name: str
+    base_bytes: int
+    """Alive whatever is chosen: resident bytes, gradients so far, tensors in flight."""
+    stored: int
+    """Regions ``0 .. stored-1`` hold their stored bytes."""
+    region: int | None = None
+    """The region at work, whose option adds its ``forward_bytes`` or ``backward_bytes``."""
+    phase: Phase = "forward"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A tensor that options of several regions may keep alive; it counts once.
+
+    At each of ``moments`` it is alive if a chosen ``(region, option)`` of ``holders`` belongs to a
+    region before ``moment.stored`` or to ``moment.region`` itself.
+    """
+
+    name: str
+    size_bytes: int
+    holders: tuple[tuple[int, int], ...]
+    moments: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What to choose and what limits the choice. Regions are in forward order."""
+
+    regions: tuple[Region, ...]
+    moments: tuple[Moment, ...]
+    budget_bytes: int
+    shared: tuple[SharedTensor, ...] = ()
+
+
+class Status(Enum):
+    """How a solve ended; :attr:`remedy` says what to do about it."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    UNSOLVED = "unsolved"
+
+    @property
+    def remedy(self) -> str:
+        return {
+            Status.OPTIMAL: "the choice is proved best within the stated gap",
+            Status.FEASIBLE: "the time limit ended the proof; raise it for a better choice or a proof",
+            Status.INFEASIBLE: "no choice fits the budget; raise it to the smallest feasible one",
+            Status.UNSOLVED: "the time limit ended the search without a choice; raise it",
+        }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A choice of one option per region, with what the solver knows about it."""
+
+    choices: tuple[int, ...]
+    """Index of the chosen option for each region; empty when there is none."""
+    status: Status
+    recompute_seconds: float
+    peak_bytes: int
+    """Largest moment of the problem under this choice."""
+    solver: str
+    bound_seconds: float = 0.0
+    """No choice within the budget recomputes for less than this."""
+    gap: float = 0.0
+    """``(recompute_seconds - bound_seconds) / recompute_seconds``; 0 when nothing is recomputed."""
+    solve_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a solver may stop."""
+
+    gap: float = 1e-4
+    """Relative gap between the choice and the bound at which the search ends."""
+    seconds: float = 20.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def loads(problem: Problem, choices: Sequence[int]) -> tuple[int, ...]:
+    """Bytes alive at each moment of ``problem`` when region ``r`` runs ``options[choices[r]]``."""
+    chosen = [region.options[c] for region, c in zip(problem.regions, choices, strict=True)]
+    prefix = [0]
+    for option in chosen:
+        prefix.append(prefix[-1] + option.stored_bytes)
+    alive = [moment.base_bytes + prefix[moment.stored] for moment in problem.moments]
+    for index, moment in enumerate(problem.moments):
+        if moment.region is not None:
+            option = chosen[moment.region]
+            alive[index] += (
+                option.forward_bytes if moment.phase == "forward" else option.backward_bytes
+            )
+    for tensor in problem.shared:
+        holders = {r for r, o in tensor.holders if choices[r] == o}
+        for index in tensor.moments:
+            moment = problem.moments[index]
+            if any(r < moment.stored or r == moment.region for r in holders):
+                alive[index] += tensor.size_bytes
+    return tuple(alive)
+
+
+def peak_bytes(problem: Problem, choices: Sequence[int]) -> int:
+    """Largest of :func:`loads`; 0 for a problem without moments."""
+    return max(loads(problem, choices), default=0)
+
+
+def recompute_seconds(problem: Problem, choices: Sequence[int]) -> float:
+    """Seconds of recomputation that a choice costs in one step."""
+    return sum(
+        region.options[c].recompute_seconds
+        for region, c in zip(problem.regions, choices, strict=True)
+    )
