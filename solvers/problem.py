@@ -1,17 +1,20 @@
 """The planning problem and its solution, as plain numbers.
 
 A training step runs its regions forward in order and backward in reverse order. Each region offers
-options; an option says how many bytes it stores between its forward and its backward, how many bytes
-its own forward and backward need at their worst, and how many seconds of recomputation it costs.
-Choosing one option per region fixes the bytes alive at every moment of the step:
+options; an option says how many bytes it stores between its forward and its backward, how many
+bytes its own forward and backward need at their worst, and how many seconds of recomputation it
+costs. Choosing one option per region fixes the bytes alive at every moment of the step:
 
     bytes(moment) = base_bytes
                   + stored_bytes of the regions before ``moment.stored``
                   + forward_bytes or backward_bytes of ``moment.region``
                   + size_bytes of the shared tensors that a chosen option keeps alive
 
-A choice is feasible when no moment exceeds the budget. This module depends on nothing but the
-standard library; the solvers in this package read a :class:`Problem` and return a :class:`Solution`.
+A choice is feasible when no moment exceeds the budget. Of two feasible choices the better one
+recomputes for fewer seconds or, at the same seconds (:func:`seconds_ceiling`), has the lower peak.
+
+This module depends on nothing but the standard library; the solvers in this package read a
+:class:`Problem` and return a :class:`Solution`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +36,7 @@ class Option:
     forward_bytes: int
     """Most that the region's forward holds at once above its moment's base."""
     backward_bytes: int
-    """Most that the region's backward holds at once above its moment's base, stored bytes included."""
+    """The same of its backward, stored bytes included."""
     recompute_seconds: float
     keep: tuple[str, ...] = ()
     """Names of the tensors that are kept, for ``selective``."""
@@ -41,7 +44,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of the model that is planned as one. Options are in the order that the planner chose."""
+    """A part of the model that is planned as one. Its options are in the planner's order."""
 
     name: str
     options: tuple[Option, ...]
@@ -99,8 +102,8 @@ class Status(Enum):
     def remedy(self) -> str:
         return {
             Status.OPTIMAL: "the choice is proved best within the stated gap",
-            Status.FEASIBLE: "the time limit ended the proof; raise it for a better choice or a proof",
-            Status.INFEASIBLE: "no choice fits the budget; raise it to the smallest feasible one",
+            Status.FEASIBLE: "the choice fits but is not proved best; try the ilp with more time",
+            Status.INFEASIBLE: "nothing this solver may choose fits; raise the budget",
             Status.UNSOLVED: "the time limit ended the search without a choice; raise it",
         }[self]
 
@@ -110,7 +113,7 @@ class Solution:
     """A choice of one option per region, with what the solver knows about it."""
 
     choices: tuple[int, ...]
-    """Index of the chosen option for each region; empty when there is none."""
+    """Index of the chosen option for each region; empty when there is no choice."""
     status: Status
     recompute_seconds: float
     peak_bytes: int
@@ -167,4 +170,33 @@ def recompute_seconds(problem: Problem, choices: Sequence[int]) -> float:
     return sum(
         region.options[c].recompute_seconds
         for region, c in zip(problem.regions, choices, strict=True)
+    )
+
+
+def seconds_ceiling(seconds: float) -> float:
+    """Most seconds that count as the same as ``seconds``: sums of floats depend on their order."""
+    return seconds * (1 + 1e-9) + 1e-12
+
+
+def describe(
+    problem: Problem,
+    choices: Sequence[int],
+    status: Status,
+    solver: str,
+    *,
+    bound_seconds: float = 0.0,
+    solve_seconds: float = 0.0,
+) -> Solution:
+    """The solution that ``choices`` make: its seconds, peak and gap are those of ``problem``."""
+    seconds = recompute_seconds(problem, choices)
+    bound = min(max(bound_seconds, 0.0), seconds)
+    return Solution(
+        choices=tuple(choices),
+        status=status,
+        recompute_seconds=seconds,
+        peak_bytes=peak_bytes(problem, choices),
+        solver=solver,
+        bound_seconds=bound,
+        gap=(seconds - bound) / seconds if seconds > 0 else 0.0,
+        solve_seconds=solve_seconds,
     )

@@ -1,0 +1,44 @@
+# Every target works on a fresh clone: it makes .venv first if that is missing or out of date.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Nothing here reaches for a model hub, and two threads keep small operations fast.
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install demo test test-slow lint bench-truth bench-frontier
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Making .venv (a minute or two) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --no-input --progress-bar off -c constraints.txt -e '.[dev]' \
+	  | awk '/^Collecting/ { print "  " $$2; fflush() }'
+	@touch $@
+	@echo "Made .venv."
+
+demo: $(STAMP)
+	@$(BIN)/python benchmarks/demo.py
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests benchmarks
+
+bench-truth: $(STAMP)
+	$(BIN)/python benchmarks/truth.py
+
+bench-frontier: $(STAMP)
+	$(BIN)/python benchmarks/frontier.py

@@ -1,0 +1,105 @@
+"""Private or surprising parts of the libraries that the planner stands on, one shim each.
+
+Every shim names what has to change upstream before it can go. Depends on torch; transformers is only
+looked at when something else has imported it.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+__all__ = [
+    "DATA_DEPENDENT_ERRORS",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "engine_is_accumulating",
+    "fake_tensors_look_real",
+    "flops_of",
+    "new_fake",
+    "real_execution",
+    "storage_key",
+]
+
+# FakeTensorMode has no public name yet (torch._subclasses); neither have its errors.
+DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the tensor's storage while it lives.
+
+    ``untyped_storage().data_ptr()`` is 0 for every fake tensor; goes when storages hash by identity.
+    """
+    return cast(int, tensor.untyped_storage()._cdata)
+
+
+def new_fake(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> FakeTensor:
+    """A fake tensor on ``device`` with the shape, strides and dtype of ``like`` and its own storage."""
+    with mode:
+        fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return cast(FakeTensor, fake)
+
+
+@contextmanager
+def real_execution() -> Iterator[None]:
+    """Runs torch ops for real inside a dispatch mode under FakeTensorMode.
+
+    Goes when torch offers a public way to leave all modes (``_disable_current_modes`` is private).
+    """
+    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def engine_is_accumulating() -> bool:
+    """Whether a backward op comes from the autograd engine adding up gradients, not from a node.
+
+    Goes when the current node is public: torch.autograd.graph has no accessor for it.
+    """
+    return torch._C._current_autograd_node() is None
+
+
+@contextmanager
+def fake_tensors_look_real() -> Iterator[None]:
+    """Keeps transformers from treating fake tensors as a tracer's.
+
+    ``transformers.utils.import_utils.is_tracing`` answers True for a FakeTensor; masks that eager
+    execution drops are then built, and attention takes another kernel. Goes when transformers
+    tells tracing from running on fake tensors.
+    """
+    module = sys.modules.get("transformers.utils.import_utils")
+    if module is None:
+        yield
+        return
+    with mock.patch.object(module, "is_fake_tensor", lambda _: False):
+        yield
+
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Floating point operations of one aten op by torch's own formulas; 0 for those without one.
+
+    Adds CPU flash attention, which ``torch.utils.flop_counter`` lacks in 2.13.
+    """
+    packet = func.overloadpacket
+    if packet is _CPU_ATTENTION:
+        return int(sdpa_flop_count(*(a.shape for a in args[:3])))
+    if packet is _CPU_ATTENTION_BACKWARD:
+        return int(sdpa_backward_flop_count(*(a.shape for a in args[:4])))
+    formula = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0

@@ -1,0 +1,169 @@
+"""Captures a training step: one eager forward and backward (and optimizer step) on fake tensors.
+
+The model is copied with every parameter and buffer replaced by a fake twin, so nothing is allocated
+and the model passed in is not touched. Running the step eagerly is what reports the tensors that
+eager autograd saves; tracers and joint graphs report others. Depends on the recorder.
+"""
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.planner._compat import FakeTensorMode, fake_tensors_look_real, new_fake
+from memfit.planner.errors import CaptureError
+from memfit.planner.optimizers import OptimizerFactory
+from memfit.planner.recorder import Recorder
+from memfit.planner.shadows import UnknownValue, tensors_in
+from memfit.planner.step_graph import Kind, Phase, StepGraph
+
+BatchArguments = Mapping[str, Any] | Sequence[Any]
+
+
+def capture(
+    model: nn.Module,
+    batch: BatchArguments,
+    *,
+    optimizer: OptimizerFactory | None = None,
+    keep_outputs: bool = False,
+    modes: Sequence[Any] = (),
+) -> StepGraph:
+    """Records one training step of ``model`` on ``batch`` (a dict or a tuple of arguments).
+
+    ``optimizer`` makes the optimizer of the fake parameters; ``keep_outputs`` holds the model's
+    outputs until the end of the step as a caller who keeps them in a variable does; ``modes`` are
+    torch function modes entered around the step (kernels of another device).
+
+    Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
+    tensors cannot know.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder(mode)
+    python_random = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]), fake_tensors_look_real():
+            twin = _fake_twin(model, mode, recorder)
+            arguments = _fake_batch(batch, mode, recorder)
+            _follow_calls(twin, recorder)
+            _run_step(twin, arguments, mode, recorder, optimizer, keep_outputs, modes)
+    except UnknownValue as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {recorder.current_module() or 'the model'} "
+            f"reads a value that depends on activations ({error}); pass a batch of real tensors, or "
+            "replace the data-dependent branch"
+        ) from error
+    finally:
+        random.setstate(python_random)
+    return recorder.finish()
+
+
+def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn.Module:
+    """A deep copy of the module tree on fake tensors; tied tensors stay tied."""
+    memo: dict[int, Any] = {}
+    for tensor, kind in _tensors_of(model):
+        if id(tensor) in memo:
+            continue
+        fake: torch.Tensor = _fake(tensor.detach(), mode)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        elif tensor.device.type == "cpu":
+            recorder.shadows.set(fake, tensor.detach().clone())
+        memo[id(tensor)] = fake
+        recorder.add_resident(fake, kind)
+    twin = copy.deepcopy(model, memo)
+    return twin if model.training else twin.train()
+
+
+def _tensors_of(model: nn.Module) -> list[tuple[torch.Tensor, Kind]]:
+    found: list[tuple[torch.Tensor, Kind]] = []
+    for module in model.modules():
+        found += [(p, Kind.PARAMETER) for p in module._parameters.values() if p is not None]
+        found += [(b, Kind.BUFFER) for b in module._buffers.values() if b is not None]
+        found += [(t, Kind.BUFFER) for t in tensors_in(dict(vars(module)))]
+    return found
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    if tensor.device.type == "meta":
+        return new_fake(mode, tensor, torch.device("cpu"))
+    return mode.from_tensor(tensor)
+
+
+def _fake_batch(batch: BatchArguments, mode: FakeTensorMode, recorder: Recorder) -> BatchArguments:
+    memo: dict[int, Any] = {}
+    for tensor in tensors_in(batch if isinstance(batch, (tuple, list)) else dict(batch)):
+        if id(tensor) not in memo:
+            fake = _fake(tensor.detach(), mode).requires_grad_(tensor.requires_grad)
+            recorder.shadows.set(fake, tensor.detach())
+            memo[id(tensor)] = fake
+            recorder.add_resident(fake, Kind.BATCH)
+    plain = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
+    return copy.deepcopy(plain, memo)
+
+
+def _follow_calls(twin: nn.Module, recorder: Recorder) -> None:
+    """Tells the recorder of every module call. The model itself is the outermost one."""
+    for name, module in twin.named_modules():
+        type_name = type(module).__name__
+
+        def enter(
+            _: nn.Module, args: Any, kwargs: Any, name: str = name, type_name: str = type_name
+        ) -> None:
+            recorder.enter_call(name, type_name, (args, kwargs))
+
+        def leave(*_: Any) -> None:
+            recorder.exit_call()
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, prepend=True, always_call=True)
+
+
+def _run_step(
+    twin: nn.Module,
+    batch: BatchArguments,
+    mode: FakeTensorMode,
+    recorder: Recorder,
+    optimizer: OptimizerFactory | None,
+    keep_outputs: bool,
+    modes: Sequence[Any],
+) -> None:
+    parameters = [p for p in twin.parameters() if p.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(mode)
+        update = optimizer.ready(twin, recorder) if optimizer is not None else None
+        for context in (recorder, *modes):
+            stack.enter_context(context)
+        hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
+        with hooks:
+            outputs = twin(**batch) if isinstance(batch, Mapping) else twin(*batch)
+            loss = loss_of(outputs, twin)
+        if not keep_outputs:
+            del outputs
+        recorder.phase = Phase.BACKWARD
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in parameters:
+            if parameter.grad is not None:
+                recorder.set_kind(parameter.grad, Kind.GRADIENT)
+        if update is not None:
+            recorder.phase = Phase.OPTIMIZER
+            update.step()
+
+
+def loss_of(outputs: Any, model: nn.Module) -> torch.Tensor:
+    """The scalar loss in a model's outputs: ``.loss``, ``["loss"]``, the first item, or itself."""
+    loss = outputs
+    if hasattr(outputs, "loss"):
+        loss = outputs.loss
+    elif isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    elif isinstance(outputs, (tuple, list)) and outputs:
+        loss = outputs[0]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise CaptureError(
+            f"{type(model).__name__} returned no loss to train on; give the batch its labels"
+        )
+    return loss

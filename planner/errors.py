@@ -1,0 +1,21 @@
+"""What planning can refuse: one base, a leaf for each cause. Messages say what, why and the way out."""
+
+
+class MemfitError(Exception):
+    """Base of all errors that memfit raises on purpose."""
+
+
+class CaptureError(MemfitError, RuntimeError):
+    """The training step of a model could not be recorded."""
+
+
+class PlanError(MemfitError, ValueError):
+    """A plan cannot be read, or was not made for the model at hand."""
+
+
+class InfeasibleBudget(MemfitError, ValueError):
+    """No plan keeps the budget; :attr:`minimum_bytes` is the smallest one that has a plan."""
+
+    def __init__(self, message: str, minimum_bytes: int) -> None:
+        super().__init__(message)
+        self.minimum_bytes = minimum_bytes

@@ -1,0 +1,114 @@
+"""Optimizers for the captured step: their state is resident, their temporaries part of the timeline.
+
+Depends on torch.optim. An optimizer is made anew for the fake parameters; one step is run unseen, so
+that the captured one is a step of the steady state with all state allocated.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.planner.errors import MemfitError
+from memfit.planner.recorder import Recorder
+from memfit.planner.shadows import tensors_in
+from memfit.planner.step_graph import Kind
+
+_NAMED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adam": (torch.optim.Adam, {}),
+    "adamax": (torch.optim.Adamax, {}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "sgd": (torch.optim.SGD, {"lr": 1e-3}),
+    "sgd_momentum": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
+}
+
+
+class OptimizerError(MemfitError, ValueError):
+    """An optimizer that cannot be planned for."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerFactory:
+    """Makes the optimizer of a fake twin from the parameter groups, by name, of the real one."""
+
+    name: str
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    groups: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] | None
+    """Parameter FQNs and options of each group; None: all trainable parameters, one group."""
+
+    def ready(self, twin: nn.Module, recorder: Recorder) -> torch.optim.Optimizer:
+        """The optimizer after its first step, its state declared resident. Runs on fake tensors."""
+        named = dict(twin.named_parameters(remove_duplicate=False))
+        if self.groups is None:
+            groups = [{"params": [p for p in twin.parameters() if p.requires_grad]}]
+        else:
+            groups = [
+                {**options, "params": [named[n] for n in names]} for names, options in self.groups
+            ]
+        update = self.make(groups)
+        parameters = [p for group in update.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        update.step()
+        update.zero_grad(set_to_none=True)
+        for tensor in _state_tensors(update):
+            recorder.add_resident(tensor, Kind.OPTIMIZER)
+        return update
+
+
+def optimizer_factory(
+    optimizer: str | torch.optim.Optimizer | None, model: nn.Module, *, foreach: bool
+) -> OptimizerFactory | None:
+    """Reads the ``optimizer`` argument of ``plan``.
+
+    ``foreach`` is what the target device takes by default when the optimizer leaves it open.
+    Raises :class:`OptimizerError` for an unknown name or an optimizer of another model.
+    """
+    if optimizer is None:
+        return None
+    if isinstance(optimizer, str):
+        return _named(optimizer, foreach)
+    return _like(optimizer, model, foreach)
+
+
+def _named(name: str, foreach: bool) -> OptimizerFactory:
+    if name.lower() not in _NAMED:
+        raise OptimizerError(
+            f"unknown optimizer {name!r}; known are {', '.join(_NAMED)}, or pass a "
+            "torch.optim.Optimizer over the model's parameters"
+        )
+    cls, options = _NAMED[name.lower()]
+    return OptimizerFactory(name.lower(), lambda g: cls(g, foreach=foreach, **options), None)  # type: ignore[call-arg]
+
+
+def _like(optimizer: torch.optim.Optimizer, model: nn.Module, foreach: bool) -> OptimizerFactory:
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+    groups = []
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key != "params"}
+        if options.get("foreach", ...) is None and not options.get("fused"):
+            options["foreach"] = foreach
+        if missing := [p for p in group["params"] if id(p) not in names]:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds {len(missing)} parameters that are not the "
+                "model's; make it from model.parameters()"
+            )
+        groups.append((tuple(names[id(p)] for p in group["params"]), options))
+    cls: Callable[..., torch.optim.Optimizer] = type(optimizer)
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in _keywords(cls)}
+    return OptimizerFactory(type(optimizer).__name__, lambda g: cls(g, **defaults), tuple(groups))
+
+
+def _keywords(cls: Callable[..., Any]) -> Iterable[str]:
+    import inspect
+
+    return inspect.signature(cls).parameters
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    for state in optimizer.state.values():
+        yield from tensors_in(dict(state))

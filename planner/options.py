@@ -1,0 +1,254 @@
+"""Turns the captured step into the solver's problem: options for each region, a row for each moment.
+
+A region's own forward and backward are moments, and so is each stretch of the step between them. The
+bytes of a storage go to the base of a moment when it is alive whatever is chosen, to an option when one
+region decides about it, and to a shared tensor when several do. Depends on the step's records, on
+``recompute`` for what an option does, and on the solver's records.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memfit.planner.recompute import Effect, Recomputation
+from memfit.planner.regions import Region
+from memfit.planner.simulate import Integers, certain_until, round_up
+from memfit.planner.step_graph import Phase, StepGraph
+from memfit.solvers import problem as solver
+
+
+@dataclass(frozen=True, slots=True)
+class RegionOption:
+    """One way to run a region: its name in the plan, what it does, what it costs."""
+
+    action: str
+    effect: Effect
+    recompute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A stretch of the step's own ops, ``start`` to ``stop``, that becomes one moment."""
+
+    start: int
+    stop: int
+    stored: int
+    region: int | None
+    phase: solver.Phase
+    name: str
+
+
+Options = Sequence[Sequence[RegionOption]]
+# Bytes, and the clocks from and until which they are alive.
+_Span = tuple[int, int, int]
+
+
+def build_problem(
+    step: StepGraph,
+    regions: Sequence[Region],
+    options: Options,
+    budget_bytes: int,
+    allocation_bytes: int = 1,
+) -> solver.Problem:
+    """The problem whose rows say what the simulator will say, for any choice of the options."""
+    builder = _Builder(step, regions, options, allocation_bytes)
+    windows = _windows(step, regions)
+    shared = builder.shared(windows)
+    moments = tuple(
+        solver.Moment(w.name, builder.base_bytes(w), w.stored, w.region, w.phase) for w in windows
+    )
+    by_region = {(w.region, w.phase): w for w in windows if w.region is not None}
+    kinds: dict[object, int] = {}
+    out = []
+    for r, region in enumerate(regions):
+        described = tuple(
+            builder.option(r, o, by_region[r, "forward"], by_region[r, "backward"])
+            for o in range(len(options[r]))
+        )
+        kind = kinds.setdefault((region.kind, described), len(kinds))
+        out.append(solver.Region(region.name, described, kind))
+    return solver.Problem(tuple(out), moments, budget_bytes, shared)
+
+
+class _Builder:
+    """Splits the life of every storage into what is certain and what the options decide."""
+
+    def __init__(
+        self, step: StepGraph, regions: Sequence[Region], options: Options, allocation_bytes: int
+    ) -> None:
+        self._step = step
+        self._regions = regions
+        self._options = options
+        self._round = allocation_bytes
+        self._size = [round_up(s.size_bytes, allocation_bytes) for s in step.storages]
+        self._sizes = np.array(self._size, dtype=np.int64)
+        self._certain = certain_until(step, regions)
+        self._born = np.array([s.born for s in step.storages], dtype=np.int64)
+        self._resident = np.array([s.kind.resident for s in step.storages])
+        self._own: dict[tuple[int, int], list[_Span]] = defaultdict(list)
+        self._common: dict[int, list[tuple[int, int, int]]] = {}
+        self._split(self._find_deciders())
+        self._alive = self._certain_bytes()
+
+    def _split(self, deciders: dict[int, list[tuple[int, int, int]]]) -> None:
+        """A storage is a region's own if it alone decides, from the end of its forward on."""
+        for storage, holders in deciders.items():
+            certain = int(self._certain[storage])
+            deciding = {r for r, _, _ in holders}
+            if len(deciding) > 1 or certain > self._regions[holders[0][0]].stop:
+                self._common[storage] = holders
+                continue
+            for r, o, clock in holders:
+                self._own[r, o].append((self._size[storage], certain, clock))
+
+    def _find_deciders(self) -> dict[int, list[tuple[int, int, int]]]:
+        """For each storage, the (region, option, clock) that keep it longer than is certain."""
+        holders: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+        for r, options in enumerate(self._options):
+            for o, option in enumerate(options):
+                for storage, clock in option.effect.holds.items():
+                    if not self._step.storages[storage].kind.resident:
+                        holders[storage][r][o] = clock
+        deciders: dict[int, list[tuple[int, int, int]]] = {}
+        for storage, by_region in holders.items():
+            for r, by_option in by_region.items():
+                if len(by_option) == len(self._options[r]):
+                    certain = min(by_option.values())
+                    self._certain[storage] = max(self._certain[storage], certain)
+            rest = [
+                (r, o, clock)
+                for r, by_option in by_region.items()
+                for o, clock in by_option.items()
+                if clock > self._certain[storage]
+            ]
+            if rest:
+                deciders[storage] = rest
+        return deciders
+
+    def _certain_bytes(self) -> Integers:
+        """Bytes alive during each op whatever is chosen, resident ones and workspace included."""
+        count = len(self._step.ops)
+        changes = np.zeros(count + 1, dtype=np.int64)
+        for index, storage in enumerate(self._step.storages):
+            changes[max(0, storage.born)] += self._size[index]
+            if not storage.kind.resident:
+                changes[self._certain[index]] -= self._size[index]
+        workspace = np.array([op.workspace_bytes for op in self._step.ops], dtype=np.int64)
+        return np.cumsum(changes[:-1]) + workspace
+
+    def base_bytes(self, window: _Window) -> int:
+        """What an option of the region at work adds to; the most alive where no region works."""
+        if window.region is None:
+            return int(self._alive[window.start : window.stop].max())
+        return int(self._alive[window.start])
+
+    def shared(self, windows: Sequence[_Window]) -> tuple[solver.SharedTensor, ...]:
+        """Storages about which several regions decide, equal holders merged."""
+        merged: dict[object, int] = defaultdict(int)
+        for storage, deciders in self._common.items():
+            last = max(clock for _, _, clock in deciders)
+            moments = tuple(
+                i
+                for i, w in enumerate(windows)
+                if w.stop > self._certain[storage] and w.start < last
+            )
+            merged[tuple((r, o) for r, o, _ in deciders), moments] += self._size[storage]
+        return tuple(
+            solver.SharedTensor(f"shared {i}", size, holders, moments)  # type: ignore[misc,has-type]
+            for i, ((holders, moments), size) in enumerate(merged.items())  # type: ignore[misc]
+        )
+
+    def option(self, r: int, o: int, forward: _Window, backward: _Window) -> solver.Option:
+        """The numbers of one option: stored bytes and the peaks of its own forward and backward."""
+        option, region = self._options[r][o], self._regions[r]
+        own = self._own[r, o] + [
+            (round_up(size, self._round), start, stop) for size, start, stop in option.effect.extra
+        ]
+        between = (region.stop, region.backward_start)
+        stored = sum(
+            size for size, start, stop in own if start <= between[0] and stop >= between[1]
+        )
+        return solver.Option(
+            option.action,
+            stored,
+            self._most(own, forward, None),
+            self._most(own, backward, option.effect.recomputation),
+            option.recompute_seconds,
+        )
+
+    def _most(
+        self,
+        own: list[_Span],
+        window: _Window,
+        recomputation: Recomputation | None,
+    ) -> int:
+        """Most bytes above the window's base, in its own ops or in a recomputation before them."""
+        clocks = np.arange(window.start, window.stop)
+        alive = self._alive[window.start : window.stop].astype(np.int64)
+        for size, start, stop in own:
+            alive += size * ((clocks >= start) & (clocks < stop))
+        if recomputation is not None:
+            for copy in recomputation.copies:
+                if copy.until:
+                    alive += round_up(copy.size_bytes, self._round) * (clocks < copy.until)
+        most = int(alive.max()) if len(alive) else 0
+        if recomputation is not None:
+            most = max(most, self._recomputation_bytes(own, recomputation))
+        return most - int(self._alive[window.start])
+
+    def _recomputation_bytes(self, own: list[_Span], recomputation: Recomputation) -> int:
+        """Most bytes alive while the ops run again, between the ops around ``recomputation.at``."""
+        at, ops = recomputation.at, recomputation.ops
+        alive = self._resident | ((self._born < at) & (at < self._certain))
+        before = int(self._sizes[alive].sum())
+        before += sum(size for size, start, stop in own if start < at < stop)
+        changes = np.zeros(len(ops) + 1, dtype=np.int64)
+        for copy in recomputation.copies:
+            changes[copy.first] += round_up(copy.size_bytes, self._round)
+            end = len(ops) if copy.until else copy.last
+            changes[end] -= round_up(copy.size_bytes, self._round)
+        workspace = np.array([self._step.ops[i].workspace_bytes for i in ops], dtype=np.int64)
+        return before + int((np.cumsum(changes[:-1]) + workspace).max(initial=0))
+
+
+def _windows(step: StepGraph, regions: Sequence[Region]) -> list[_Window]:
+    """The step cut into the regions' forwards and backwards and what lies between, in order."""
+    spans: list[tuple[int, int, int | None, solver.Phase]] = []
+    for r, region in enumerate(regions):
+        spans.append((region.start, region.stop, r, "forward"))
+        spans.append((region.backward_start, region.backward_stop, r, "backward"))
+    windows: list[_Window] = []
+    clock = 0
+    end = len(step.ops)
+    for start, stop, r, phase in [*sorted(spans), (end, end, None, "forward")]:
+        start = max(start, clock)
+        if start > clock:
+            windows.append(_between(step, regions, clock, start))
+        if r is not None:
+            stored = r if phase == "forward" else _stored(regions, start, exclude=r)
+            name = f"{phase} of {regions[r].name}"
+            windows.append(_Window(start, max(start + 1, stop), stored, r, phase, name))
+        clock = max(clock, stop)
+    return windows
+
+
+def _between(step: StepGraph, regions: Sequence[Region], start: int, stop: int) -> _Window:
+    phase = step.ops[start].phase
+    before = [r.name for r in regions if r.stop <= start]
+    name = phase.value
+    if phase is not Phase.OPTIMIZER and regions:
+        name += f" after {before[-1]}" if before and phase is Phase.FORWARD else " outside regions"
+    kind: solver.Phase = "forward" if phase is Phase.FORWARD else "backward"
+    return _Window(start, stop, _stored(regions, start), None, kind, name)
+
+
+def _stored(regions: Sequence[Region], clock: int, exclude: int | None = None) -> int:
+    """How many regions, from the first, hold what they store at ``clock``."""
+    holding = [
+        r
+        for r, region in enumerate(regions)
+        if region.stop <= clock and region.backward_stop > clock and r != exclude
+    ]
+    return max(holding) + 1 if holding else 0

@@ -1,0 +1,386 @@
+"""Records the aten ops of a step that runs on fake tensors: an fx.Graph and the life of every storage.
+
+Autograd's saved tensors are replaced by handles while they wait for the backward, so that two causes
+of life can be told apart: references from Python and the engine, and what autograd saved. That is
+what lets a plan be simulated that saves something else. Depends on torch and the step's records.
+"""
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from memfit.planner._compat import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    engine_is_accumulating,
+    flops_of,
+    storage_key,
+)
+from memfit.planner.shadows import Shadows, tensors_in
+from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, Storage
+
+_aten = torch.ops.aten
+# Size of the float64 or int64 tensor that wraps a Python number.
+_NUMBER_BYTES = 8
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
+
+
+class _Handle:
+    """Stands for a saved tensor in autograd's graph."""
+
+    __slots__ = ("__weakref__", "device", "dtype", "index", "shape", "stride")
+
+    def __init__(self, index: int, tensor: torch.Tensor) -> None:
+        self.index = index
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+
+
+@dataclass(slots=True)
+class _OpenStorage:
+    size_bytes: int
+    kind: Kind
+    born: int
+    released: int | None = None
+
+
+@dataclass(slots=True)
+class _OpenSaved:
+    storage: int
+    packed: int
+    released: int | None = None
+    unpacked: int | None = None
+    used_until: int = 0
+    watchers: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _OpenCall:
+    module: str
+    type_name: str
+    parent: int
+    start: int
+    first_saved: int
+    inputs: tuple[int, ...]
+    stop: int = 0
+    last_saved: int = 0
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that records a step; enter it inside the fake tensor mode."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.shadows = Shadows(mode)
+        self.phase = Phase.FORWARD
+        self.graph = fx.Graph()
+        self._mode = mode
+        self._ops: list[Op] = []
+        self._storages: list[_OpenStorage] = []
+        self._saved: list[_OpenSaved] = []
+        self._calls: list[_OpenCall] = []
+        self._stack: list[int] = []
+        self._live: dict[int, int] = {}
+        self._watchers: dict[int, Any] = {}
+        self._paused = False
+        self._numbers: list[int] = []
+        self._summands: list[tuple[int, int]] = []
+
+    # -- tensors ---------------------------------------------------------------------------------
+
+    def add_resident(self, tensor: torch.Tensor, kind: Kind) -> None:
+        """Declares a tensor that is allocated before the step begins."""
+        if storage_key(tensor) not in self._live:
+            self._open_storage(tensor, kind, born=-1)
+
+    def set_kind(self, tensor: torch.Tensor, kind: Kind) -> None:
+        """Says what a tensor that the step allocated turned out to be."""
+        self._storages[self._storage_of(tensor)].kind = kind
+
+    def _open_storage(self, tensor: torch.Tensor, kind: Kind, born: int) -> int:
+        key, index = storage_key(tensor), len(self._storages)
+        storage = tensor.untyped_storage()
+        self._storages.append(_OpenStorage(storage.nbytes(), kind, born))
+        self._live[key] = index
+        self._watchers[index] = weakref.ref(storage, self._on_storage_death(key, index))
+        return index
+
+    def _on_storage_death(self, key: int, index: int) -> Callable[[Any], None]:
+        def died(_: Any) -> None:
+            self._storages[index].released = len(self._ops)
+            self._watchers.pop(index, None)
+            self.shadows.forget_storage(key)
+            if self._live.get(key) == index:
+                del self._live[key]
+
+        return died
+
+    def _storage_of(self, tensor: torch.Tensor) -> int:
+        index = self._live.get(storage_key(tensor))
+        if index is None:  # a constant from outside of the model and the batch
+            index = self._open_storage(tensor, Kind.CONSTANT, born=-1)
+        return index
+
+    # -- saved tensors ---------------------------------------------------------------------------
+
+    def pack(self, tensor: torch.Tensor) -> _Handle:
+        """Saved-tensor hook: autograd keeps the handle, not the tensor."""
+        index = len(self._saved)
+        saved = _OpenSaved(self._storage_of(tensor), packed=len(self._ops))
+        self._saved.append(saved)
+        handle = _Handle(index, tensor)
+
+        def dropped(_: Any) -> None:
+            saved.released = len(self._ops)
+
+        saved.watchers.append(weakref.ref(handle, dropped))
+        return handle
+
+    def unpack(self, handle: _Handle) -> torch.Tensor:
+        """Saved-tensor hook: a stand-in with its own storage, so that its use can be watched."""
+        saved = self._saved[handle.index]
+        if saved.unpacked is None:
+            saved.unpacked = len(self._ops)
+        saved.used_until = len(self._ops) + 1
+        self._paused = True
+        try:
+            tensor = torch.empty_strided(
+                handle.shape, handle.stride, dtype=handle.dtype, device=handle.device
+            )
+        finally:
+            self._paused = False
+        self._watch_use(tensor, saved)
+        return tensor
+
+    def _watch_use(self, tensor: torch.Tensor, saved: _OpenSaved) -> None:
+        key = storage_key(tensor)
+        self._live[key] = saved.storage
+
+        def done(_: Any) -> None:
+            saved.used_until = len(self._ops)
+            if self._live.get(key) == saved.storage:
+                del self._live[key]
+
+        saved.watchers.append(weakref.ref(tensor.untyped_storage(), done))
+
+    # -- module calls ----------------------------------------------------------------------------
+
+    def enter_call(self, module: str, type_name: str, arguments: Any) -> None:
+        """A module's forward begins."""
+        parent = self._stack[-1] if self._stack else -1
+        inputs = tuple(dict.fromkeys(self._storage_of(t) for t in tensors_in(arguments)))
+        self._stack.append(len(self._calls))
+        self._calls.append(
+            _OpenCall(module, type_name, parent, len(self._ops), len(self._saved), inputs)
+        )
+
+    def exit_call(self) -> None:
+        """The innermost module's forward ends."""
+        call = self._calls[self._stack.pop()]
+        call.stop, call.last_saved = len(self._ops), len(self._saved)
+
+    def current_module(self) -> str:
+        """FQN of the module whose forward runs; empty for the model itself."""
+        return self._calls[self._stack[-1]].module if self._stack else ""
+
+    # -- ops -------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._paused or func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
+        if func is _aten.detach.default:
+            return self._detach(func, args)
+        out = self.shadows.run(func, args, kwargs)
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _detach(self, func: Any, args: tuple[Any, ...]) -> Any:
+        out = func(*args)
+        for name in ("_memfit_node", "_memfit_shadow"):
+            if (value := getattr(args[0], name, None)) is not None:
+                setattr(out, name, value)
+        return out
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        index = len(self._ops)
+        arguments, results = list(tensors_in((args, kwargs))), list(tensors_in(out))
+        inputs = tuple(dict.fromkeys(self._storage_of(t) for t in arguments))
+        node = self._node(func, args, kwargs)
+        node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
+        outputs = tuple(self._bind(t, index) for t in results)
+        self._name_results(node, out)
+        if self.phase is Phase.BACKWARD and func is _aten.add.Tensor and engine_is_accumulating():
+            self._accumulate(arguments, index)
+        elif self.phase is Phase.FORWARD and torch.is_grad_enabled():
+            self._hold_numbers(func, args, index)
+        written = _written(func, args, kwargs)
+        self._ops.append(
+            Op(
+                name=str(func),
+                phase=self.phase,
+                call=self._stack[-1] if self._stack else -1,
+                signature=_signature(func, args, kwargs),
+                inputs=inputs,
+                outputs=outputs,
+                written=tuple(self._storage_of(t) for t in written),
+                random=torch.Tag.nondeterministic_seeded in func.tags,
+                dtype=_work_dtype((*results, *arguments)),
+                flops=flops_of(func, args, kwargs, out),
+                moved_bytes=0
+                if set(outputs) <= set(inputs) and not written
+                else sum(t.numel() * t.element_size() for t in (*arguments, *results)),
+            )
+        )
+
+    def _accumulate(self, summands: list[torch.Tensor], index: int) -> None:
+        """The engine adds gradients in place when it holds the last reference to one of them.
+
+        It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp), so
+        the summand that dies here is taken to make room for the sum.
+        """
+        for tensor in summands:
+            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+                self._summands.append((self._storage_of(tensor), index))
+
+    def _hold_numbers(self, func: Any, args: tuple[Any, ...], index: int) -> None:
+        """Python numbers in place of tensors: autograd saves each as a tensor that no hook sees."""
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if type(value) in (int, float) and isinstance(argument.type, torch.TensorType):
+                self._numbers.append(len(self._storages))
+                self._storages.append(_OpenStorage(_NUMBER_BYTES, Kind.ACTIVATION, index))
+
+    def _bind(self, tensor: torch.Tensor, born: int) -> int:
+        index = self._live.get(storage_key(tensor))
+        return self._open_storage(tensor, Kind.ACTIVATION, born) if index is None else index
+
+    def _node(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        return self.graph.create_node(
+            "call_function", func, self._fx(args), self._fx(kwargs) if kwargs else {}
+        )
+
+    def _fx(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._node_of(value)
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._fx(v) for v in value)
+        if isinstance(value, dict):
+            return {key: self._fx(v) for key, v in value.items()}
+        return repr(value)
+
+    def _node_of(self, tensor: torch.Tensor) -> fx.Node:
+        node: fx.Node | None = getattr(tensor, "_memfit_node", None)
+        if node is None or node.graph is not self.graph:
+            storage = self._storage_of(tensor)
+            node = self.graph.placeholder(f"{self._storages[storage].kind.name.lower()}_{storage}")
+            self._describe(node, tensor)
+        return node
+
+    def _describe(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        tensor._memfit_node = node  # type: ignore[attr-defined]
+
+    def _name_results(self, node: fx.Node, out: Any) -> None:
+        if isinstance(out, torch.Tensor):
+            self._describe(node, out)
+        elif isinstance(out, (tuple, list)):
+            for position, item in enumerate(out):
+                if isinstance(item, torch.Tensor):
+                    part = self.graph.create_node(
+                        "call_function", operator.getitem, (node, position)
+                    )
+                    part.meta.update(node.meta)
+                    self._describe(part, item)
+
+    # -- result ----------------------------------------------------------------------------------
+
+    def finish(self, notes: tuple[str, ...] = ()) -> StepGraph:
+        """The records of everything that ran. Tensors that are still alive live to the end."""
+        end = len(self._ops)
+        self._settle_numbers()
+        released = [end if s.released is None else s.released for s in self._storages]
+        self._settle_sums(released)
+        storages = [
+            Storage(s.size_bytes, s.kind, s.born, until)
+            for s, until in zip(self._storages, released, strict=True)
+        ]
+        saved = [
+            Saved(
+                s.storage,
+                s.packed,
+                end if s.released is None else s.released,
+                s.unpacked,
+                s.used_until,
+            )
+            for s in self._saved
+        ]
+        calls = [
+            Call(c.module, c.type_name, c.parent, c.start, c.stop,
+                 range(c.first_saved, c.last_saved), c.inputs)
+            for c in self._calls
+        ]  # fmt: skip
+        return StepGraph(
+            self.graph, tuple(self._ops), tuple(storages), tuple(saved), tuple(calls), notes
+        )
+
+    def _settle_numbers(self) -> None:
+        """A saved number is released with what its module saved."""
+        for index in self._numbers:
+            number = self._storages[index]
+            call = self._calls[self._ops[number.born].call]
+            released = [s.released for s in self._saved[call.first_saved : call.last_saved]]
+            number.released = max((r for r in released if r is not None), default=None)
+
+    def _settle_sums(self, released: list[int]) -> None:
+        """In-place gradient sums: the first summand that nothing else keeps is not alive beside."""
+        saved = {s.storage for s in self._saved}
+        done: set[int] = set()
+        for storage, index in self._summands:
+            last = released[storage] == index + 1 and storage not in saved
+            if last and index not in done and not self._storages[storage].kind.resident:
+                released[storage] = index
+                done.add(index)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    if not func._schema.is_mutable:
+        return []
+    written: list[torch.Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written.extend(tensors_in(value))
+    return written
+
+
+def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    parts = [_describe_argument(a) for a in args]
+    parts += [f"{name}={_describe_argument(value)}" for name, value in kwargs.items()]
+    return f"{func}({', '.join(parts)})"
+
+
+def _describe_argument(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_describe_argument(v) for v in value)}]"
+    return repr(value)
+
+
+def _work_dtype(tensors: Iterable[torch.Tensor]) -> str:
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            return str(tensor.dtype).removeprefix("torch.")
+    return ""

@@ -1,0 +1,77 @@
+"""The device that a plan is for: what it is, which kernels it takes, how much of it is free.
+
+Depends on the device table and on torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.planner import devices
+from memfit.planner.budget import BudgetError, format_bytes
+from memfit.planner.devices import Device
+
+# What the current GPU has free is not all for the step: fragments and other users of the driver.
+AUTO_MARGIN = 0.05
+# A model on ``meta`` on a machine without a GPU is planned for CUDA; its seconds are this card's.
+_NOMINAL_GPU = "a100-80gb"
+# Size of a saved CPU generator state, which torch.utils.checkpoint stores for each region. That of a
+# GPU is kept in host memory too.
+_CPU_RNG_STATE_BYTES = 5056
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device and how the captured step is to be read for it."""
+
+    device: Device
+    emulated: bool
+    """The step runs on fake CPU tensors and takes the ops that CUDA would take."""
+    costs: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rng_state_bytes(self) -> int:
+        """Device memory that a saved generator state takes."""
+        return _CPU_RNG_STATE_BYTES if self.device.kind == "cpu" else 0
+
+    def modes(self) -> tuple[Any, ...]:
+        """Function modes under which the step is captured."""
+        if not self.emulated:
+            return ()
+        from memfit.planner.cuda_ops import cuda_modes
+
+        return cuda_modes(self.device.name)
+
+
+def find_target(model: nn.Module, name: str | None) -> Target:
+    """Reads the ``device`` argument of ``plan``; the default is where the model is, CUDA for meta."""
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    notes: tuple[str, ...] = ()
+    if name is None:
+        name = place.type if place.type != "meta" else "cuda"
+        if name == "cuda" and not torch.cuda.is_available():
+            name = _NOMINAL_GPU
+            notes = (f"no device named and no GPU here: planned for {name}",)
+    device = devices.device(name)
+    emulated = device.kind == "cuda" and place.type != "cuda"
+    return Target(device, emulated, f"roofline of {device.name}", notes)
+
+
+def free_bytes(target: Target) -> int:
+    """The budget ``"auto"``: what the current GPU has free or holds for torch, less the margin."""
+    if target.device.kind != "cuda" or not torch.cuda.is_available():
+        raise BudgetError(
+            f"budget 'auto' reads the free memory of a GPU, and {target.device.name!r} is not at "
+            'hand; give the bytes, such as "24GiB"'
+        )
+    free, _ = torch.cuda.mem_get_info()
+    return int((free + torch.cuda.memory_reserved()) * (1 - AUTO_MARGIN))
+
+
+def describe(target: Target) -> str:
+    """One line for people."""
+    return f"{target.device.name} ({format_bytes(target.device.memory_bytes)})"

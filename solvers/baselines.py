@@ -1,0 +1,62 @@
+"""What can be had without planning: keep all, checkpoint all, or checkpoint every n-th region.
+
+``every_n`` is ``activation_checkpointing_enable(every_n_layers=n)`` of transformers: of the regions
+that can be checkpointed, the first and every n-th after it. The budget plays no part in the choice;
+the status says whether the choice happens to fit. Depends on the standard library only.
+"""
+
+import time
+from collections.abc import Callable
+
+from memfit.solvers.problem import Problem, Region, Solution, Status, describe
+
+
+def none(problem: Problem) -> Solution:
+    """Keep every region's activations."""
+    return _chosen(problem, "none", lambda position: False)
+
+
+def full(problem: Problem) -> Solution:
+    """Checkpoint every region that can be."""
+    return _chosen(problem, "full", lambda position: True)
+
+
+def every_n(problem: Problem, n: int) -> Solution:
+    """Checkpoint positions ``0, n, 2n, ...`` among the regions that can be."""
+    if n < 1:
+        raise ValueError(f"every_n needs n >= 1, got {n}")
+    return _chosen(problem, f"every_{n}", lambda position: position % n == 0)
+
+
+def _chosen(problem: Problem, solver: str, is_checkpointed: Callable[[int], bool]) -> Solution:
+    """The choice, its status stating the truth about this one choice and no other."""
+    started = time.perf_counter()
+    choices, position = [], 0
+    for region in problem.regions:
+        checkpoint = _find(region, "checkpoint")
+        if checkpoint is None:
+            choices.append(_keep(region))
+            continue
+        choices.append(checkpoint if is_checkpointed(position) else _keep(region))
+        position += 1
+    solution = describe(problem, choices, Status.FEASIBLE, solver)
+    if solution.peak_bytes > problem.budget_bytes:
+        status = Status.INFEASIBLE
+    elif solution.recompute_seconds > 0:
+        status = Status.FEASIBLE
+    else:
+        status = Status.OPTIMAL  # nothing recomputes for less than zero seconds
+    took = time.perf_counter() - started
+    return describe(problem, choices, status, solver, solve_seconds=took)
+
+
+def _find(region: Region, action: str) -> int | None:
+    return next((o for o, option in enumerate(region.options) if option.action == action), None)
+
+
+def _keep(region: Region) -> int:
+    """The option that keeps everything or, for a region without one, that recomputes least."""
+    keep = _find(region, "keep")
+    if keep is not None:
+        return keep
+    return min(range(len(region.options)), key=lambda o: region.options[o].recompute_seconds)
