@@ -1,7 +1,7 @@
 """Private or surprising parts of the libraries that the planner stands on, one shim each.
 
-Every shim names what has to change upstream before it can go. Depends on torch; transformers is only
-looked at when something else has imported it.
+Every shim names what has to change upstream before it can go. Depends on torch; transformers is
+only looked at when something else has imported it.
 """
 
 import sys
@@ -41,13 +41,14 @@ DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeExcepti
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the tensor's storage while it lives.
 
-    ``untyped_storage().data_ptr()`` is 0 for every fake tensor; goes when storages hash by identity.
+    ``untyped_storage().data_ptr()`` is 0 for every fake tensor; goes when storages hash by
+    identity.
     """
     return cast(int, tensor.untyped_storage()._cdata)
 
 
 def new_fake(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> FakeTensor:
-    """A fake tensor on ``device`` with the shape, strides and dtype of ``like`` and its own storage."""
+    """A fake tensor on ``device`` with ``like``'s shape, strides and dtype, and its own storage."""
     with mode:
         fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     return cast(FakeTensor, fake)
@@ -98,8 +99,16 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     """
     packet = func.overloadpacket
     if packet is _CPU_ATTENTION:
-        return int(sdpa_flop_count(*(a.shape for a in args[:3])))
+        return int(
+            sdpa_flop_count(  # type: ignore[no-untyped-call]
+                *(a.shape for a in args[:3])
+            )
+        )
     if packet is _CPU_ATTENTION_BACKWARD:
-        return int(sdpa_backward_flop_count(*(a.shape for a in args[:4])))
+        return int(
+            sdpa_backward_flop_count(  # type: ignore[no-untyped-call]
+                *(a.shape for a in args[:4])
+            )
+        )
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0

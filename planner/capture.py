@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from memfit.planner._compat import FakeTensorMode, fake_tensors_look_real, new_fake
+from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.errors import CaptureError
 from memfit.planner.optimizers import OptimizerFactory
 from memfit.planner.recorder import Recorder
@@ -107,6 +108,8 @@ def _fake_batch(batch: BatchArguments, mode: FakeTensorMode, recorder: Recorder)
 
 def _follow_calls(twin: nn.Module, recorder: Recorder) -> None:
     """Tells the recorder of every module call. The model itself is the outermost one."""
+    for module in caching_modules(twin):
+        module.register_forward_pre_hook(without_cache, with_kwargs=True)
     for name, module in twin.named_modules():
         type_name = type(module).__name__
 

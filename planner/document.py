@@ -187,9 +187,7 @@ def _decode(kind: Any, value: Any, where: str, source: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_record(kind, value, where, source)
     if origin is tuple and isinstance(value, list):
-        return tuple(
-            _decode(arguments[0], v, f"{where}[{i}]", source) for i, v in enumerate(value)
-        )
+        return tuple(_decode(arguments[0], v, f"{where}[{i}]", source) for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {k: _decode(arguments[1], v, f"{where}.{k}", source) for k, v in value.items()}
     if origin is types.UnionType:

@@ -1,4 +1,4 @@
-"""What planning can refuse: one base, a leaf for each cause. Messages say what, why and the way out."""
+"""What planning can refuse. Messages say what, why and the way out."""
 
 
 class MemfitError(Exception):

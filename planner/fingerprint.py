@@ -1,8 +1,8 @@
 """Tells whether a plan belongs to a model: its parameters, what trains, and its config.
 
-A fingerprint has one hash for each of the three, so that a mismatch can say what differs. It does not
-depend on values, device or location, so a model on ``meta`` and the same model with weights agree.
-Depends on torch.
+A fingerprint has one hash for each of the three, so that a mismatch can say what differs. It does
+not depend on values, device or location, so a model on ``meta`` and the same model with weights
+agree. Depends on torch.
 """
 
 import hashlib
@@ -37,7 +37,9 @@ def fingerprint(model: nn.Module) -> str:
 
 def differences(expected: str, found: str) -> list[str]:
     """What tells two fingerprints apart, in words."""
-    a, b = (dict(p.split(":", 1) for p in text.split("-") if ":" in p) for text in (expected, found))
+    a, b = (
+        dict(p.split(":", 1) for p in text.split("-") if ":" in p) for text in (expected, found)
+    )
     return [words for name, words in _PARTS.items() if a.get(name) != b.get(name)]
 
 

@@ -1,7 +1,8 @@
-"""Optimizers for the captured step: their state is resident, their temporaries part of the timeline.
+"""Optimizers for the captured step: their state is resident, their temporaries part of the
+timeline.
 
-Depends on torch.optim. An optimizer is made anew for the fake parameters; one step is run unseen, so
-that the captured one is a step of the steady state with all state allocated.
+Depends on torch.optim. An optimizer is made anew for the fake parameters; one step is run unseen,
+so that the captured one is a step of the steady state with all state allocated.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,8 +1,10 @@
-"""Turns the captured step into the solver's problem: options for each region, a row for each moment.
+"""Turns the captured step into the solver's problem: options for each region, a row for each
+moment.
 
-A region's own forward and backward are moments, and so is each stretch of the step between them. The
-bytes of a storage go to the base of a moment when it is alive whatever is chosen, to an option when one
-region decides about it, and to a shared tensor when several do. Depends on the step's records, on
+A region's own forward and backward are moments, and so is each stretch of the step between them.
+The bytes of a storage go to the base of a moment when it is alive whatever is chosen, to an option
+when one region decides about it, and to a shared tensor when several do. Depends on the step's
+records, on
 ``recompute`` for what an option does, and on the solver's records.
 """
 
@@ -43,6 +45,7 @@ class _Window:
 Options = Sequence[Sequence[RegionOption]]
 # Bytes, and the clocks from and until which they are alive.
 _Span = tuple[int, int, int]
+_Holders = tuple[tuple[int, int], ...]
 
 
 def build_problem(
@@ -145,19 +148,16 @@ class _Builder:
         return int(self._alive[window.start])
 
     def shared(self, windows: Sequence[_Window]) -> tuple[solver.SharedTensor, ...]:
-        """Storages about which several regions decide, equal holders merged."""
-        merged: dict[object, int] = defaultdict(int)
+        """Storages about which several regions decide, or one beside references of the step."""
+        merged: dict[tuple[_Holders, tuple[int, ...]], int] = defaultdict(int)
         for storage, deciders in self._common.items():
             last = max(clock for _, _, clock in deciders)
-            moments = tuple(
-                i
-                for i, w in enumerate(windows)
-                if w.stop > self._certain[storage] and w.start < last
-            )
+            certain = int(self._certain[storage])
+            moments = tuple(i for i, w in enumerate(windows) if w.stop > certain and w.start < last)
             merged[tuple((r, o) for r, o, _ in deciders), moments] += self._size[storage]
         return tuple(
-            solver.SharedTensor(f"shared {i}", size, holders, moments)  # type: ignore[misc,has-type]
-            for i, ((holders, moments), size) in enumerate(merged.items())  # type: ignore[misc]
+            solver.SharedTensor(f"shared {i}", size, holders, moments)
+            for i, ((holders, moments), size) in enumerate(merged.items())
         )
 
     def option(self, r: int, o: int, forward: _Window, backward: _Window) -> solver.Option:

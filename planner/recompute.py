@@ -1,13 +1,14 @@
-"""What an action does to the life of tensors: what it holds, what it runs again, what that allocates.
+"""What an action does to the life of tensors: what it holds, what it runs again, what that
+allocates.
 
-This is the one place that knows how the executor behaves; the options of the solver and the simulator
-both read it, which is why the predicted peak can be the measured one. Pure graph logic on the step's
-records.
+This is the one place that knows how the executor behaves; the options of the solver and the
+simulator both read it, which is why the predicted peak can be the measured one. Pure graph logic on
+the step's records.
 
-``checkpoint`` is ``torch.utils.checkpoint`` (non-reentrant): autograd keeps nothing of the region, the
-frame keeps the arguments until the last saved tensor of the region is released; when the backward
-first asks for one, the region's forward runs again up to its last saved tensor (early stop), and each
-recomputed tensor is freed after its own use.
+``checkpoint`` is ``torch.utils.checkpoint`` (non-reentrant): autograd keeps nothing of the region,
+the frame keeps the arguments until the last saved tensor of the region is released; when the
+backward first asks for one, the region's forward runs again up to its last saved tensor (early
+stop), and each recomputed tensor is freed after its own use.
 """
 
 from dataclasses import dataclass
@@ -57,9 +58,9 @@ def keep(step: StepGraph, region: Region) -> Effect:
 
 
 def checkpoint(step: StepGraph, region: Region, rng_state_bytes: int) -> Effect:
-    """The whole region recomputed. ``rng_state_bytes``: size of a saved generator state on the device."""
+    """The whole region recomputed; ``rng_state_bytes`` is the size of a saved generator state."""
     frame_end = max(step.saved[i].released for i in region.saved)
-    holds = {storage: frame_end for storage in step.calls[region.call].inputs}
+    holds = dict.fromkeys(step.calls[region.call].inputs, frame_end)
     for storage, until in saved_holds(step, region.saved).items():
         if step.storages[storage].born < region.start:
             holds[storage] = max(holds.get(storage, 0), until)

@@ -1,8 +1,10 @@
-"""Records the aten ops of a step that runs on fake tensors: an fx.Graph and the life of every storage.
+"""Records the aten ops of a step that runs on fake tensors: an fx.Graph and the life of every
+storage.
 
-Autograd's saved tensors are replaced by handles while they wait for the backward, so that two causes
-of life can be told apart: references from Python and the engine, and what autograd saved. That is
-what lets a plan be simulated that saves something else. Depends on torch and the step's records.
+Autograd's saved tensors are replaced by handles while they wait for the backward, so that two
+causes of life can be told apart: references from Python and the engine, and what autograd saved.
+That is what lets a plan be simulated that saves something else. Depends on torch and the step's
+records.
 """
 
 import operator
@@ -245,8 +247,8 @@ class Recorder(TorchDispatchMode):
     def _accumulate(self, summands: list[torch.Tensor], index: int) -> None:
         """The engine adds gradients in place when it holds the last reference to one of them.
 
-        It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp), so
-        the summand that dies here is taken to make room for the sum.
+        It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp),
+        so the summand that dies here is taken to make room for the sum.
         """
         for tensor in summands:
             if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():

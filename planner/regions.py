@@ -1,19 +1,22 @@
 """Finds the regions of a captured step: the repeated blocks, and what lies around them.
 
 Blocks are found from the graph, not from names: module calls of one type that feed each other in a
-chain and together hold most of what their caller saves for the backward. The innermost such chain is
-taken. What is left over becomes a region too where recomputing it would free a noticeable share.
-A region that cannot be run twice safely has a reason and is kept. Depends on networkx for the dataflow.
+chain and together hold most of what their caller saves for the backward. The innermost such chain
+is taken. What is left over becomes a region too where recomputing it would free a noticeable share.
+A region that cannot be run twice safely has a reason and is kept. Depends on networkx for the
+dataflow.
 """
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 
 from memfit.planner.step_graph import Phase, StepGraph
 
-# A chain is the blocks of its caller when it frees at least this share of what the caller could free.
+# A chain is the blocks of its caller when it frees at least this share of what the caller could
+# free.
 _CHAIN_SHARE = 0.5
 # A leftover module is a region when it could free at least this share of what the whole step saves.
 _LEFTOVER_SHARE = 0.01
@@ -113,7 +116,7 @@ class _CallTree:
 
     def _is_chain(self, call: int, members: list[int]) -> bool:
         flow = _dataflow(self._step, call, self._children[call])
-        return all(nx.has_path(flow, a, b) for a, b in zip(members, members[1:], strict=False))
+        return all(nx.has_path(flow, a, b) for a, b in pairwise(members))
 
 
 def _dataflow(step: StepGraph, call: int, children: list[int]) -> nx.DiGraph:

@@ -1,8 +1,8 @@
 """Replays the captured step under a plan and returns the bytes alive at every op, and the peak.
 
 Every byte figure that a plan states comes from here. A *slot* is one op that runs, recomputed ones
-included, in the order of the planned step. Depends on the step's records and on ``recompute`` for what
-the actions do.
+included, in the order of the planned step. Depends on the step's records and on ``recompute`` for
+what the actions do.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The captured training step as plain records: ops, storages, saved tensors and module calls.
 
 Time is counted in ops: *clock* ``c`` is the instant when ``c`` ops have run. An op with index ``i``
-runs between clocks ``i`` and ``i + 1``; a storage that is released at clock ``c`` is alive during the
-ops before ``c``. Storages are what an allocator sees: views and in-place results share one.
+runs between clocks ``i`` and ``i + 1``; a storage that is released at clock ``c`` is alive during
+the ops before ``c``. Storages are what an allocator sees: views and in-place results share one.
 
 Depends on torch.fx alone; everything that plans (regions, costs, simulation) reads these records.
 """
@@ -123,7 +123,7 @@ class StepGraph:
     """A training step: forward, backward and, if asked for, the optimizer step."""
 
     graph: fx.Graph
-    """The same ops as fx nodes; ``node.meta`` holds ``op``, ``module``, ``phase``, ``shape``, ``dtype``."""
+    """The ops as fx nodes, with ``op``, ``module``, ``phase``, ``shape``, ``dtype`` in the meta."""
     ops: tuple[Op, ...]
     storages: tuple[Storage, ...]
     saved: tuple[Saved, ...]

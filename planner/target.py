@@ -3,7 +3,6 @@
 Depends on the device table and on torch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,8 @@ from memfit.planner.devices import Device
 AUTO_MARGIN = 0.05
 # A model on ``meta`` on a machine without a GPU is planned for CUDA; its seconds are this card's.
 _NOMINAL_GPU = "a100-80gb"
-# Size of a saved CPU generator state, which torch.utils.checkpoint stores for each region. That of a
-# GPU is kept in host memory too.
+# Size of a saved CPU generator state, which torch.utils.checkpoint stores for each region. That of
+# a GPU is kept in host memory too.
 _CPU_RNG_STATE_BYTES = 5056
 
 
@@ -48,7 +47,7 @@ class Target:
 
 
 def find_target(model: nn.Module, name: str | None) -> Target:
-    """Reads the ``device`` argument of ``plan``; the default is where the model is, CUDA for meta."""
+    """Reads the ``device`` argument of ``plan``: by default where the model is, CUDA for meta."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     notes: tuple[str, ...] = ()
     if name is None:

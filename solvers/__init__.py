@@ -6,8 +6,8 @@ equals; ``SOLVERS`` has them by name. The package depends on PuLP and the standa
 torch, and imports PuLP only when a program is solved.
 """
 
-from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from memfit.solvers import baselines, brute_force, flat_ilp
 from memfit.solvers.flat_ilp import minimise_peak
@@ -27,7 +27,12 @@ from memfit.solvers.problem import (
     recompute_seconds,
 )
 
-Solver = Callable[[Problem], Solution]
+
+class Solver(Protocol):
+    """What all solvers look like; those that need no limits take them all the same."""
+
+    def __call__(self, problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution: ...
+
 
 SOLVERS: dict[str, Solver] = {
     "ilp": flat_ilp.solve,

@@ -1,27 +1,35 @@
 """What can be had without planning: keep all, checkpoint all, or checkpoint every n-th region.
 
 ``every_n`` is ``activation_checkpointing_enable(every_n_layers=n)`` of transformers: of the regions
-that can be checkpointed, the first and every n-th after it. The budget plays no part in the choice;
-the status says whether the choice happens to fit. Depends on the standard library only.
+that can be checkpointed, the first and every n-th after it. The budget and the limits play no part in
+the choice; the status says whether the choice happens to fit. Depends on the standard library only.
 """
 
 import time
 from collections.abc import Callable
 
-from memfit.solvers.problem import Problem, Region, Solution, Status, describe
+from memfit.solvers.problem import (
+    DEFAULT_LIMITS,
+    Limits,
+    Problem,
+    Region,
+    Solution,
+    Status,
+    describe,
+)
 
 
-def none(problem: Problem) -> Solution:
+def none(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     """Keep every region's activations."""
     return _chosen(problem, "none", lambda position: False)
 
 
-def full(problem: Problem) -> Solution:
+def full(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     """Checkpoint every region that can be."""
     return _chosen(problem, "full", lambda position: True)
 
 
-def every_n(problem: Problem, n: int) -> Solution:
+def every_n(problem: Problem, limits: Limits = DEFAULT_LIMITS, *, n: int) -> Solution:
     """Checkpoint positions ``0, n, 2n, ...`` among the regions that can be."""
     if n < 1:
         raise ValueError(f"every_n needs n >= 1, got {n}")

@@ -11,6 +11,8 @@ from dataclasses import replace
 from itertools import product
 
 from memfit.solvers.problem import (
+    DEFAULT_LIMITS,
+    Limits,
     Problem,
     Solution,
     Status,
@@ -23,8 +25,8 @@ from memfit.solvers.problem import (
 MOST_CHOICES = 2**20
 
 
-def solve(problem: Problem) -> Solution:
-    """Fewest seconds within the budget; at the same seconds, lowest peak."""
+def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
+    """Fewest seconds within the budget; at the same seconds, lowest peak. Limits are not needed."""
     started = time.perf_counter()
     fewest = math.inf
     for choices in _all_choices(problem):

@@ -267,12 +267,12 @@ def test_baselines_choose_what_they_say() -> None:
     problem = chain((norm, a, b, head, c, d, e), budget=10**6)
     assert baselines.none(problem).choices == (0, 0, 0, 1, 0, 0, 0)
     assert baselines.full(problem).choices == (0, 1, 1, 1, 1, 1, 1)
-    assert baselines.every_n(problem, 1).choices == baselines.full(problem).choices
-    assert baselines.every_n(problem, 2).choices == (0, 1, 0, 1, 1, 0, 1)
-    assert baselines.every_n(problem, 3).choices == (0, 1, 0, 1, 0, 1, 0)
+    assert baselines.every_n(problem, n=1).choices == baselines.full(problem).choices
+    assert baselines.every_n(problem, n=2).choices == (0, 1, 0, 1, 1, 0, 1)
+    assert baselines.every_n(problem, n=3).choices == (0, 1, 0, 1, 0, 1, 0)
     assert SOLVERS["every_4"](problem).choices == (0, 1, 0, 1, 0, 0, 1)
     with pytest.raises(ValueError, match="n >= 1, got 0"):
-        baselines.every_n(problem, 0)
+        baselines.every_n(problem, n=0)
 
 
 def test_baselines_say_whether_they_fit() -> None:
