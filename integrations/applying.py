@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memfit.planner.caching import caching_modules, without_cache
+from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
 from memfit.planner.document import Plan
 from memfit.planner.errors import MemfitError
 from memfit.planner.fingerprint import differences, fingerprint
@@ -39,22 +40,12 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
     """
     _refuse_other_models(plan, model)
     _refuse_other_checkpointing(model)
-    if is_planned(model):
-        raise ApplyError(
-            f"{type(model).__name__} carries a plan already; call remove() on the handle that "
-            "apply() returned first"
-        )
     modules = {r.name: _submodule(model, r.name) for r in plan.regions}
     applied = AppliedPlan(plan, model)
     for region in plan.regions:
         if region.action == "checkpoint":
             applied.checkpoint(modules[region.name])
     return applied
-
-
-def is_planned(model: nn.Module) -> bool:
-    """Whether a plan is applied to the model."""
-    return any(isinstance(m.__dict__.get("forward"), CheckpointedForward) for m in model.modules())
 
 
 class AppliedPlan:
@@ -105,19 +96,18 @@ class CheckpointedForward:
 
     def __init__(self, module: nn.Module, shadowed: Callable[..., Any] | None) -> None:
         self._module = weakref.ref(module)
+        setattr(self, PLANNED_MARKER, True)
         self._shadowed = shadowed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        assert module is not None
-        forward = self._shadowed or partial(type(module).forward, module)
+        forward = self._forward()
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._shadowed or type(self._module()).forward)
+        return inspect.signature(self._forward())
 
     def restore(self, module: nn.Module) -> None:
         """Gives the module its own forward back."""
@@ -125,11 +115,21 @@ class CheckpointedForward:
         if self._shadowed is not None:
             module.__dict__["forward"] = self._shadowed
 
+    def _forward(self) -> Callable[..., Any]:
+        """What the module would run without a plan."""
+        return self._shadowed or partial(type(self._own()).forward, self._own())
+
+    def _own(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ApplyError("the planned module is gone; keep the model while its forward is used")
+        return module
+
     def __reduce__(self) -> Any:
-        return type(self), (self._module(), self._shadowed)
+        return type(self), (self._own(), self._shadowed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CheckpointedForward":
-        module = self._module()
+        module = self._own()
         return type(self)(memo.get(id(module), module), copy.deepcopy(self._shadowed, memo))
 
 
@@ -145,9 +145,9 @@ class _Guard:
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if any(model.get_submodule(name).gradient_checkpointing for name in self._switches):
             raise ApplyError(
-                f"activation checkpointing was switched on in {type(model).__name__} beside the plan; "
-                "call model.activation_checkpointing_disable() to train by the plan, or remove() the "
-                "plan to train with checkpointing"
+                f"activation checkpointing was switched on in {type(model).__name__} beside the "
+                "plan; call model.activation_checkpointing_disable() to train by the plan, or "
+                "remove() the plan to train with checkpointing"
             )
 
 
@@ -157,20 +157,24 @@ def _refuse_other_models(plan: Plan, model: nn.Module) -> None:
         return
     parameters = sum(p.numel() for p in model.parameters())
     raise ApplyError(
-        f"the plan was made for a {plan.model.class_} with {plan.model.parameters} parameters; this "
-        f"{type(model).__name__} with {parameters} has {', '.join(found)}. Make a plan for it with "
-        "plan(model, budget)"
+        f"the plan was made for a {plan.model.class_} with {plan.model.parameters} parameters; "
+        f"this {type(model).__name__} with {parameters} has {', '.join(found)}. "
+        "Make a plan for it with plan(model, budget)"
     )
 
 
 def _refuse_other_checkpointing(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False):
-            raise ApplyError(
-                f"activation checkpointing is switched on in {name or type(model).__name__}; call "
-                "model.activation_checkpointing_disable() (or leave activation_checkpointing=False) "
-                "before apply()"
-            )
+    if is_planned(model):
+        raise ApplyError(
+            f"{type(model).__name__} carries a plan already; call remove() on the handle that "
+            "apply() returned first"
+        )
+    if (name := checkpointed_module(model)) is not None:
+        raise ApplyError(
+            f"activation checkpointing is switched on in {name}; call "
+            "model.activation_checkpointing_disable() (or leave activation_checkpointing=False) "
+            "before apply()"
+        )
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

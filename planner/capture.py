@@ -16,6 +16,7 @@ from torch import nn
 
 from memfit.planner._compat import FakeTensorMode, fake_tensors_look_real, new_fake
 from memfit.planner.caching import caching_modules, without_cache
+from memfit.planner.checkpointing import checkpointed_module, is_planned
 from memfit.planner.errors import CaptureError
 from memfit.planner.optimizers import OptimizerFactory
 from memfit.planner.recorder import Recorder
@@ -42,20 +43,26 @@ def capture(
     Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
     tensors cannot know.
     """
+    _refuse_checkpointing(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(mode)
     python_random = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]), fake_tensors_look_real():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            fake_tensors_look_real(),
+        ):
             twin = _fake_twin(model, mode, recorder)
             arguments = _fake_batch(batch, mode, recorder)
             _follow_calls(twin, recorder)
             _run_step(twin, arguments, mode, recorder, optimizer, keep_outputs, modes)
     except UnknownValue as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {recorder.current_module() or 'the model'} "
-            f"reads a value that depends on activations ({error}); pass a batch of real tensors, or "
-            "replace the data-dependent branch"
+            f"{type(model).__name__} cannot be captured: {error.module or 'the model'}"
+            f" reads a value that depends on activations ({error}); pass a batch of real tensors,"
+            " or replace the data-dependent branch"
         ) from error
     finally:
         random.setstate(python_random)
@@ -142,7 +149,7 @@ def _run_step(
             stack.enter_context(context)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
         with hooks:
-            outputs = twin(**batch) if isinstance(batch, Mapping) else twin(*batch)
+            outputs = _forward(twin, batch)
             loss = loss_of(outputs, twin)
         if not keep_outputs:
             del outputs
@@ -154,6 +161,38 @@ def _run_step(
         if update is not None:
             recorder.phase = Phase.OPTIMIZER
             update.step()
+
+
+def _forward(twin: nn.Module, batch: BatchArguments) -> Any:
+    try:
+        return twin(**batch) if isinstance(batch, Mapping) else twin(*batch)
+    except UnknownValue:
+        raise
+    except Exception as error:
+        named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        shapes = [
+            f"{name} {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+            for name, value in named
+            for t in tensors_in(value)
+        ]
+        text = str(error).strip().splitlines()
+        raise CaptureError(
+            f"{type(twin).__name__} refused the batch ({', '.join(shapes)}): "
+            f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        ) from error
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if is_planned(model):
+        raise CaptureError(
+            f"{type(model).__name__} carries a plan already; call remove() on the handle that "
+            "apply() returned before planning again"
+        )
+    if (name := checkpointed_module(model)) is not None:
+        raise CaptureError(
+            f"activation checkpointing is switched on in {name}; call "
+            "model.activation_checkpointing_disable() before planning"
+        )
 
 
 def loss_of(outputs: Any, model: nn.Module) -> torch.Tensor:

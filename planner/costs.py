@@ -2,18 +2,21 @@
 
 The roofline takes the longer of computing (FLOPs over the device's peak) and moving (bytes over its
 bandwidth), each at the share of the peak that real kernels reach, plus the launch (Williams et al.,
-"Roofline", CACM 2009). Depends on the step's records, the device table and, for measuring, torch.
+"Roofline", CACM 2009). Depends on the step's records and the device table.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from memfit.planner.devices import Device
 from memfit.planner.step_graph import Op, StepGraph
 
 
-def price(step: StepGraph, device: Device) -> StepGraph:
-    """``step`` with the roofline's seconds on every op."""
-    seconds: dict[str, float] = {}
+def price(
+    step: StepGraph, device: Device, measured: Mapping[str, float] | None = None
+) -> StepGraph:
+    """``step`` with seconds on every op: measured ones by signature, else the roofline's."""
+    seconds = dict(measured or {})
     ops = []
     for op in step.ops:
         if op.signature not in seconds:

@@ -54,6 +54,8 @@ class Device:
     """Assumed share of the bandwidth that elementwise kernels reach."""
     allocation_bytes: int = _CUDA_ALLOCATION_BYTES
     """Every allocation takes a multiple of this."""
+    compute_capability: tuple[int, int] = (8, 0)
+    """Decides which attention kernels PyTorch takes; ROCm's are taken to be those of (8, 0)."""
     workspace_bytes: int = 0
     """What a BLAS handle takes from the allocator at its first matrix multiplication.
 
@@ -116,6 +118,7 @@ def _cuda(
     float16: float,
     bandwidth: float,
     source: str,
+    capability: tuple[int, int] = (8, 0),
     bfloat16: float | None = None,
     workspace_bytes: int = _CUBLAS_WORKSPACE_BYTES,
 ) -> Device:
@@ -145,6 +148,7 @@ def _cuda(
 _TABLE = (
     _cuda(
         "h100",
+        capability=(9, 0),
         memory_gib=79.10,
         float32=67e12,
         tf32=494.5e12,
@@ -155,6 +159,7 @@ _TABLE = (
     ),
     _cuda(
         "h200",
+        capability=(9, 0),
         memory_gib=139.70,
         float32=67e12,
         tf32=494.5e12,
@@ -165,6 +170,7 @@ _TABLE = (
     ),
     _cuda(
         "b200",
+        capability=(10, 0),
         memory_gib=178.35,
         float32=75e12,
         tf32=1100e12,
@@ -193,6 +199,7 @@ _TABLE = (
     ),
     _cuda(
         "a10g",
+        capability=(8, 6),
         memory_gib=21.98,
         float32=31.5e12,
         tf32=35e12,
@@ -202,6 +209,7 @@ _TABLE = (
     ),
     _cuda(
         "l4",
+        capability=(8, 9),
         memory_gib=21.95,
         float32=30.3e12,
         tf32=60e12,
@@ -211,6 +219,7 @@ _TABLE = (
     ),
     _cuda(
         "t4",
+        capability=(7, 5),
         memory_gib=14.56,
         float32=8.1e12,
         tf32=8.1e12,  # Turing has no TF32, and computes bfloat16 as float32
@@ -221,6 +230,7 @@ _TABLE = (
     ),
     _cuda(
         "rtx3090",
+        capability=(8, 6),
         memory_gib=23.56,
         float32=35.6e12,
         tf32=35.6e12,
@@ -230,6 +240,7 @@ _TABLE = (
     ),
     _cuda(
         "rtx4090",
+        capability=(8, 9),
         memory_gib=23.51,
         float32=82.6e12,
         tf32=82.6e12,
@@ -239,6 +250,7 @@ _TABLE = (
     ),
     _cuda(
         "rtx5090",
+        capability=(12, 0),
         memory_gib=31.36,
         float32=104.8e12,
         tf32=104.8e12,

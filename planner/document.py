@@ -157,8 +157,8 @@ class Plan:
         schema = value.pop("schema", None) if isinstance(value, dict) else None
         if schema != SCHEMA:
             raise PlanError(
-                f"{source} has schema {schema!r}, this memfit reads {SCHEMA!r}; make the plan again "
-                "with `memfit plan`"
+                f"{source} has schema {schema!r}, this memfit reads {SCHEMA!r}; make the plan "
+                "again with `memfit plan`"
             )
         plan = _decode(cls, value, "$", source)
         assert isinstance(plan, cls)
@@ -199,8 +199,8 @@ def _decode(kind: Any, value: Any, where: str, source: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise PlanError(
-        f"{source} is not a plan: {where} is {json.dumps(value)[:60]}, expected {_name(kind)}; make "
-        "it again with `memfit plan`"
+        f"{source} is not a plan: {where} is {json.dumps(value)[:60]}, expected {_name(kind)}; "
+        "make it again with `memfit plan`"
     )
 
 
@@ -215,7 +215,8 @@ def _decode_record(kind: Any, value: Any, where: str, source: str) -> Any:
             found[field.name] = _decode(hints[field.name], value[key], f"{where}.{key}", source)
         elif field.default is dataclasses.MISSING:
             raise PlanError(
-                f"{source} is not a plan: {where}.{key} is missing; make it again with `memfit plan`"
+                f"{source} is not a plan: {where}.{key} is missing; make it again with "
+                "`memfit plan`"
             )
     return kind(**found)
 

@@ -11,9 +11,20 @@ from typing import Any
 
 from torch import nn
 
-# Keys of a transformers config that do not change what a training step computes.
+# Keys of a transformers config that do not change what a training step computes, or that models set
+# themselves at their first forward (problem_type).
 _VOLATILE = frozenset(
-    {"_name_or_path", "transformers_version", "use_cache", "_commit_hash", "name_or_path", "dtype"}
+    {
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "transformers_version",
+        "use_cache",
+    }
 )
 _PARTS = {
     "class": "another class",
@@ -49,9 +60,11 @@ def _hash(value: Any) -> str:
 
 
 def _config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
-    plain = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    plain = {
+        k: v for k, v in config.to_dict().items() if k not in _VOLATILE and "token_id" not in k
+    }
     plain["attention"] = getattr(config, "_attn_implementation", None)
     return plain

@@ -215,22 +215,23 @@ class _Builder:
 
 def _windows(step: StepGraph, regions: Sequence[Region]) -> list[_Window]:
     """The step cut into the regions' forwards and backwards and what lies between, in order."""
-    spans: list[tuple[int, int, int | None, solver.Phase]] = []
+    spans: list[tuple[int, int, int, solver.Phase]] = []
     for r, region in enumerate(regions):
         spans.append((region.start, region.stop, r, "forward"))
         spans.append((region.backward_start, region.backward_stop, r, "backward"))
     windows: list[_Window] = []
     clock = 0
     end = len(step.ops)
-    for start, stop, r, phase in [*sorted(spans), (end, end, None, "forward")]:
+    for start, stop, r, phase in sorted(spans):
         start = max(start, clock)
         if start > clock:
             windows.append(_between(step, regions, clock, start))
-        if r is not None:
-            stored = r if phase == "forward" else _stored(regions, start, exclude=r)
-            name = f"{phase} of {regions[r].name}"
-            windows.append(_Window(start, max(start + 1, stop), stored, r, phase, name))
+        stored = r if phase == "forward" else _stored(regions, start, exclude=r)
+        name = f"{phase} of {regions[r].name}"
+        windows.append(_Window(start, max(start + 1, stop), stored, r, phase, name))
         clock = max(clock, stop)
+    if clock < end:
+        windows.append(_between(step, regions, clock, end))
     return windows
 
 

@@ -33,9 +33,9 @@ def describe_peak(step: StepGraph, regions: Sequence[Region], timeline: Timeline
 
 
 def _where(step: StepGraph, regions: Sequence[Region], op: int) -> str:
-    phase = step.ops[op].phase
+    phase: Phase = step.ops[op].phase
     if phase is Phase.OPTIMIZER:
-        return phase.value
+        return str(phase.value)
     for region in regions:
         spans = {
             Phase.FORWARD: (region.start, region.stop),

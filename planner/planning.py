@@ -16,6 +16,7 @@ from memfit.planner.budget import format_bytes, parse_budget
 from memfit.planner.capture import BatchArguments, capture
 from memfit.planner.costs import price
 from memfit.planner.fingerprint import fingerprint
+from memfit.planner.measuring import measured_seconds
 from memfit.planner.optimizers import optimizer_factory
 from memfit.planner.options import RegionOption
 from memfit.planner.peak import describe_peak
@@ -23,7 +24,7 @@ from memfit.planner.regions import Region
 from memfit.planner.shadows import tensors_in
 from memfit.planner.solving import Outcome, Task
 from memfit.planner.step_graph import StepGraph
-from memfit.planner.target import find_target, free_bytes
+from memfit.planner.target import Target, find_target, free_bytes
 from memfit.solvers import SOLVERS, Limits
 
 Progress = Callable[[str], None]
@@ -37,6 +38,7 @@ def plan(
     optimizer: str | torch.optim.Optimizer | None = None,
     device: str | None = None,
     solver: str = "ilp",
+    costs: str = "roofline",
     keep_outputs: bool = False,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -63,6 +65,9 @@ def plan(
         ``"cpu"``, ``"cuda"`` or a name of the device table. Default: where the model is.
     solver
         ``"ilp"`` or a baseline: ``"none"``, ``"full"``, ``"every_2"``, ...
+    costs
+        Where the seconds come from: ``"roofline"`` over the device table, or ``"measured"``: every
+        distinct op is run once on the device, which must be present.
     keep_outputs
         Plan for a caller who holds the model's outputs during the backward
         (``out = model(**batch); out.loss.backward()``); by default only the loss is held.
@@ -87,7 +92,7 @@ def plan(
     step = capture(
         model, arguments, optimizer=factory, keep_outputs=keep_outputs, modes=target.modes()
     )
-    step = price(step, target.device)
+    step, costs = _priced(step, target, costs, say)
     say(f"solving for {format_bytes(budget_bytes)}")
     task = Task.of(step, target, budget_bytes, Limits(gap, time_limit_seconds))
     outcome = task.solve(solver)
@@ -95,11 +100,28 @@ def plan(
         batch=_batch_specs(arguments),
         optimizer=factory.name if factory else None,
         device=target.device.name,
-        costs=target.costs,
+        costs=costs,
         keep_outputs=keep_outputs,
         notes=tuple(n for n in (batch_note, *target.notes, *step.notes) if n),
     )
     return _write_plan(task, outcome, model, workload)
+
+
+def _priced(step: StepGraph, target: Target, costs: str, say: Progress) -> tuple[StepGraph, str]:
+    """The step with seconds, and where they come from in words."""
+    if costs == "roofline":
+        return price(step, target.device), f"roofline of {target.device.name}"
+    if costs != "measured":
+        raise ValueError(f"unknown costs {costs!r}; known are 'roofline' and 'measured'")
+    say(f"timing ops on {target.device.name}")
+    seconds = measured_seconds(step, target.present())
+    priced = price(step, target.device, seconds)
+    total = sum(op.seconds for op in priced.ops) or 1.0
+    by_roofline = sum(op.seconds for op in priced.ops if op.signature not in seconds)
+    return (
+        priced,
+        f"measured on {target.device.name} ({1 - by_roofline / total:.0%} of the seconds)",
+    )
 
 
 def _write_plan(

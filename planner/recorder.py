@@ -23,7 +23,7 @@ from memfit.planner._compat import (
     flops_of,
     storage_key,
 )
-from memfit.planner.shadows import Shadows, tensors_in
+from memfit.planner.shadows import Shadows, UnknownValue, tensors_in
 from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, Storage
 
 _aten = torch.ops.aten
@@ -75,11 +75,11 @@ class _OpenCall:
     last_saved: int = 0
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that records a step; enter it inside the fake tensor mode."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shadows = Shadows(mode)
         self.phase = Phase.FORWARD
         self.graph = fx.Graph()
@@ -202,7 +202,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is _aten.detach.default:
             return self._detach(func, args)
-        out = self.shadows.run(func, args, kwargs)
+        try:
+            out = self.shadows.run(func, args, kwargs)
+        except UnknownValue as error:
+            error.module = self.current_module()
+            raise
         self._record(func, args, kwargs, out)
         return out
 
@@ -290,7 +294,7 @@ class Recorder(TorchDispatchMode):
         return node
 
     def _describe(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        node.meta.update(shape=tuple(tensor.shape), stride=tensor.stride(), dtype=tensor.dtype)
         tensor._memfit_node = node  # type: ignore[attr-defined]
 
     def _name_results(self, node: fx.Node, out: Any) -> None:

@@ -25,6 +25,9 @@ MAX_ELEMENTS = 1 << 22
 class UnknownValue(RuntimeError):
     """The model reads a value that depends on activations, which a fake run cannot know."""
 
+    module = ""
+    """FQN of the module that reads it."""
+
 
 class Shadows:
     """Runs ops on fake tensors and keeps the real values that can be known."""

@@ -52,21 +52,31 @@ class Task:
         """A choice whose simulated peak keeps the budget, or :class:`InfeasibleBudget`."""
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-        budget, aim = self.problem.budget_bytes, self.problem.budget_bytes
+        outcome = self._within_budget() if solver == "ilp" else self._by(solver, self.problem)
+        if outcome is None:
+            outcome = self.simulate(flat_ilp.minimise_peak(self.problem, self.limits))
+        if outcome.timeline.peak_bytes > self.problem.budget_bytes:
+            raise self._infeasible(solver, outcome.timeline.peak_bytes)
+        return outcome
+
+    def _within_budget(self) -> Outcome | None:
+        """The fastest choice that the simulator lets pass; None when the rows allow none."""
+        aim = self.problem.budget_bytes
         for _ in range(TIGHTENINGS):
-            solution = SOLVERS[solver](replace(self.problem, budget_bytes=aim), self.limits)
-            if not solution.choices:
-                break
-            outcome = self.simulate(solution)
-            if outcome.timeline.peak_bytes <= budget:
+            outcome = self._by("ilp", replace(self.problem, budget_bytes=aim))
+            if outcome is None:
+                return None
+            excess = outcome.timeline.peak_bytes - self.problem.budget_bytes
+            if excess <= 0:
                 return outcome
-            if solver != "ilp":
-                break
-            aim -= outcome.timeline.peak_bytes - budget
-        smallest = self.simulate(flat_ilp.minimise_peak(self.problem, self.limits))
-        if smallest.timeline.peak_bytes <= budget and solver == "ilp":
-            return smallest
-        raise self._infeasible(solver, smallest.timeline.peak_bytes)
+            aim -= excess
+        return None
+
+    def _by(self, solver: str, problem: Problem) -> Outcome | None:
+        solution = SOLVERS[solver](problem, self.limits)
+        if not solution.choices and problem.regions:
+            return None
+        return self.simulate(solution)
 
     def simulate(self, solution: Solution) -> Outcome:
         chosen = [o[c].effect for o, c in zip(self.options, solution.choices, strict=True)]
@@ -80,13 +90,15 @@ class Task:
 
     def _infeasible(self, solver: str, minimum_bytes: int) -> InfeasibleBudget:
         budget = self.problem.budget_bytes
-        what = "no plan" if solver == "ilp" else f"{solver!r} does not"
-        return InfeasibleBudget(
-            f"{what} keeps this step within {format_bytes(budget)} ({budget} bytes); the smallest "
-            f"budget that has a plan is {format_bytes(minimum_bytes)} ({minimum_bytes} bytes). "
-            "Raise the budget, or make the batch smaller or shorter.",
-            minimum_bytes,
-        )
+        smallest = f"{format_bytes(minimum_bytes)} ({minimum_bytes} bytes)"
+        way_out = "Raise the budget, or make the batch smaller or shorter."
+        if solver == "ilp":
+            what = f"no plan keeps this step within {format_bytes(budget)} ({budget} bytes); the "
+            what += f"smallest budget that has a plan is {smallest}"
+        else:
+            what = f"{solver!r} needs {smallest}, more than {format_bytes(budget)} ({budget} bytes)"
+            way_out = "Raise the budget, or plan with the solver 'ilp'."
+        return InfeasibleBudget(f"{what}. {way_out}", minimum_bytes)
 
 
 def _options(step: StepGraph, region: Region, rng_state_bytes: int) -> tuple[RegionOption, ...]:

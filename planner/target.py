@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memfit.planner import devices
-from memfit.planner.budget import BudgetError, format_bytes
+from memfit.planner.budget import BudgetError
 from memfit.planner.devices import Device
 
 # What the current GPU has free is not all for the step: fragments and other users of the driver.
@@ -29,7 +29,6 @@ class Target:
     device: Device
     emulated: bool
     """The step runs on fake CPU tensors and takes the ops that CUDA would take."""
-    costs: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -37,13 +36,24 @@ class Target:
         """Device memory that a saved generator state takes."""
         return _CPU_RNG_STATE_BYTES if self.device.kind == "cpu" else 0
 
+    def present(self) -> torch.device:
+        """The device itself, to measure on; :class:`DeviceError` when it is not this machine's."""
+        if self.device.kind == "cpu":
+            return torch.device("cpu")
+        if not torch.cuda.is_available() or self.device.name != devices.device("cuda").name:
+            raise devices.DeviceError(
+                f"{self.device.name!r} is not a device of this machine, so nothing can be measured "
+                "on it; use costs='roofline'"
+            )
+        return torch.device("cuda")
+
     def modes(self) -> tuple[Any, ...]:
         """Function modes under which the step is captured."""
         if not self.emulated:
             return ()
         from memfit.planner.cuda_ops import cuda_modes
 
-        return cuda_modes(self.device.name)
+        return cuda_modes(self.device.compute_capability)
 
 
 def find_target(model: nn.Module, name: str | None) -> Target:
@@ -57,7 +67,7 @@ def find_target(model: nn.Module, name: str | None) -> Target:
             notes = (f"no device named and no GPU here: planned for {name}",)
     device = devices.device(name)
     emulated = device.kind == "cuda" and place.type != "cuda"
-    return Target(device, emulated, f"roofline of {device.name}", notes)
+    return Target(device, emulated, notes)
 
 
 def free_bytes(target: Target) -> int:
@@ -69,8 +79,3 @@ def free_bytes(target: Target) -> int:
         )
     free, _ = torch.cuda.mem_get_info()
     return int((free + torch.cuda.memory_reserved()) * (1 - AUTO_MARGIN))
-
-
-def describe(target: Target) -> str:
-    """One line for people."""
-    return f"{target.device.name} ({format_bytes(target.device.memory_bytes)})"

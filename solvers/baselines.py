@@ -1,8 +1,9 @@
 """What can be had without planning: keep all, checkpoint all, or checkpoint every n-th region.
 
 ``every_n`` is ``activation_checkpointing_enable(every_n_layers=n)`` of transformers: of the regions
-that can be checkpointed, the first and every n-th after it. The budget and the limits play no part in
-the choice; the status says whether the choice happens to fit. Depends on the standard library only.
+that can be checkpointed, the first and every n-th after it. The budget and the limits play no part
+in the choice; the status says whether the choice happens to fit. Depends on the standard library
+only.
 """
 
 import time

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memfit.solvers import _compat
+from memfit.solvers.ordering import in_order
 from memfit.solvers.problem import (
     DEFAULT_LIMITS,
     Limits,
@@ -120,8 +121,8 @@ def _lower(problem: Problem, choices: tuple[int, ...], limits: Limits) -> tuple[
     ceiling = seconds_ceiling(recompute_seconds(problem, choices))
     lower = _lowest(problem, limits, ceiling).choices
     if lower is None or recompute_seconds(problem, lower) > ceiling:
-        return choices
-    return min(choices, lower, key=lambda choice: peak_bytes(problem, choice))
+        lower = choices
+    return in_order(problem, min(choices, lower, key=lambda choice: peak_bytes(problem, choice)))
 
 
 def _fastest(problem: Problem, budget: int, limits: Limits) -> _Found:

@@ -29,6 +29,7 @@ from memfit.solvers import (
     peak_bytes,
     recompute_seconds,
 )
+from memfit.solvers.ordering import in_order
 
 PHASES: tuple[Phase, ...] = ("forward", "backward")
 EXACT = Limits(gap=0.0)
@@ -369,3 +370,18 @@ for budget in (25, 36, 3):
     assert output == "OPTIMAL 1.0 OPTIMAL 0.0 INFEASIBLE 0.0 " or (
         output.count('pip install "pulp[highs]"') == 3
     )
+
+
+def test_identical_regions_are_put_in_order() -> None:
+    """Scattered checkpoints of identical regions come first; others stay where they are."""
+    keep, checkpoint = Option("keep", 100, 100, 150, 0.0), Option("checkpoint", 10, 100, 150, 1.0)
+    regions = tuple(Region(f"layers.{r}", (keep, checkpoint), kind=r % 2) for r in range(6))
+    moments = tuple(Moment(f"backward of layers.{r}", 0, r, r, "backward") for r in range(6))
+    problem = Problem(regions, moments, 10_000)
+    assert in_order(problem, (0, 1, 0, 0, 1, 0)) == (1, 1, 0, 0, 0, 0)
+    # Nothing moves when it would raise the peak: here only the last region has room to recompute.
+    late = tuple(replace(m, base_bytes=0 if m.stored == 5 else 400) for m in moments)
+    pinned = Problem(regions, late, 10_000)
+    wide = replace(checkpoint, backward_bytes=900)
+    pinned = replace(pinned, regions=tuple(replace(r, options=(keep, wide)) for r in regions))
+    assert in_order(pinned, (0, 0, 0, 0, 0, 1)) == (0, 0, 0, 0, 0, 1)

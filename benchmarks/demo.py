@@ -1,0 +1,175 @@
+"""Trains BERT in 60 % of the memory that it needs, and shows what that costs.
+
+    python benchmarks/demo.py [--model PATH_OR_ID] [--share 0.6] [--steps 4]
+
+Real AdamW steps, with dropout, from the same weights and seeds, in three ways: as it is, with all
+layers recomputed (transformers' own checkpointing), and by memfit's plan. Each way is measured in a
+process of its own. Exit code 1 if the plan is over its budget or any loss differs.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+
+from benchmarks import processes
+from benchmarks.measure import measure_peak
+from benchmarks.report import Table, percent
+from benchmarks.training import Trainer, checkpoint_layers
+from memfit.integrations import apply
+from memfit.planner import InfeasibleBudget, Plan, plan
+
+GIB = 2**30
+VARIANTS = ("unplanned", "checkpointed", "planned")
+OPTIMIZER = "adamw"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one way of training measured."""
+
+    losses: list[float]
+    step_seconds: float
+    peak_bytes: int
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.alone:
+        processes.answer(measure, arguments.alone)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        made = _make_plan(arguments)
+        made.save(path)
+        return _compare(arguments, made, path)
+
+
+def _make_plan(arguments: argparse.Namespace) -> Plan:
+    trainer = make_trainer(vars(arguments))
+    begin = time.perf_counter()
+    plan_into = partial(plan, trainer.model, batch=trainer.batch, optimizer=OPTIMIZER)
+    needed = plan_into(2**60).predicted.unplanned_peak_bytes
+    try:
+        made = plan_into(int(arguments.share * needed))
+    except InfeasibleBudget as error:
+        made = plan_into(error.minimum_bytes)
+        print(f"{arguments.share:.0%} cannot be done; this is the least that can:")
+    size, length = trainer.batch["input_ids"].shape
+    print(
+        f"{type(trainer.model).__name__}, {made.model.parameters / 1e6:.0f} M parameters, AdamW, "
+        f"dropout, {size} x {length} tokens.\n"
+        f"A step needs {needed / GIB:.2f} GiB; planned into {made.budget_bytes / GIB:.2f} GiB "
+        f"({made.budget_bytes / needed:.0%}) in {time.perf_counter() - begin:.1f} s: "
+        f"{_recomputed(made)} of {len(made.regions)} layers are recomputed.\n"
+        f"Now training {arguments.steps} steps in each of three ways, a minute or two ...\n",
+        flush=True,
+    )
+    return made
+
+
+def _compare(arguments: argparse.Namespace, made: Plan, path: Path) -> int:
+    """Trains in the three ways, prints the table, and judges."""
+    peaks = {b.name: b.peak_bytes for b in made.baselines}
+    predicted = dict(zip(VARIANTS, (peaks["none"], peaks["full"], made.predicted.peak_bytes)))
+    table = Table(["variant     ", "budget GiB", "predicted", "measured", "s/step", "+%", "losses"])
+    runs: dict[str, Run] = {}
+    for name in VARIANTS:
+        request = vars(arguments) | {"variant": name, "plan": str(path)}
+        threads = os.cpu_count() or 1
+        runs[name] = run = Run(**processes.alone(__file__, request, threads=threads))
+        table.row(
+            [
+                name,
+                f"{made.budget_bytes / GIB:.3f}" if name == "planned" else "",
+                f"{predicted[name] / GIB:.3f}",
+                f"{run.peak_bytes / GIB:.3f}",
+                f"{run.step_seconds:.2f}",
+                percent(run.step_seconds / runs["unplanned"].step_seconds - 1, 0),
+                "equal" if run.losses == runs["unplanned"].losses else "DIFFER",
+            ]
+        )
+    fits = runs["planned"].peak_bytes <= made.budget_bytes
+    equal = all(run.losses == runs["unplanned"].losses for run in runs.values())
+    print(
+        "\nPeaks are all memory of a step: parameters, gradients, optimizer state, activations.\n"
+        "predicted: by memfit, before anything ran. measured: by the allocator's own events.\n"
+        f"losses: of all {arguments.steps} steps, to the bit. "
+        f"s/step: of {arguments.steps - 2}, so +% is rough.\n"
+        f"The plan {'keeps' if fits else 'BREAKS'} its budget."
+    )
+    return 0 if fits and equal else 1
+
+
+def measure(request: processes.Request) -> dict[str, Any]:
+    """Trains in one way: the first step allocates, the last is measured, those between timed."""
+    trainer = make_trainer(request)
+    if request["variant"] == "checkpointed":
+        checkpoint_layers(trainer.model, 1)
+    elif request["variant"] == "planned":
+        apply(Plan.load(request["plan"]), trainer.model)
+    losses, seconds = [], []
+    for number in range(request["steps"] - 1):
+        trainer.before(seed=number)
+        begin = time.perf_counter()
+        losses.append(trainer.step().item())
+        seconds.append(time.perf_counter() - begin)
+    before = partial(trainer.before, seed=request["steps"])
+    peak = measure_peak(lambda: losses.append(trainer.step().item()), before=before, warmup=0)
+    return {
+        "losses": losses,
+        "step_seconds": statistics.median(seconds[1:]),
+        "peak_bytes": trainer.held_bytes() + peak.peak_bytes,
+    }
+
+
+def make_trainer(options: processes.Request) -> Trainer:
+    """BERT with random weights, or the model that was asked for, and a batch of random tokens."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForSequenceClassification
+    if options["model"] is None:
+        model = auto.from_config(transformers.AutoConfig.for_model("bert"))
+    else:
+        model = auto.from_pretrained(options["model"])
+    shape = (options["batch_size"], options["length"])
+    ids = torch.randint(5, model.config.vocab_size, shape)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.arange(options["batch_size"]) % model.config.num_labels,
+    }
+    return Trainer(model.train(), batch, OPTIMIZER)
+
+
+def _recomputed(made: Plan) -> int:
+    return sum(region.action != "keep" for region in made.regions)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="directory or hub id; default: BERT base, random weights")
+    parser.add_argument("--share", type=float, default=0.6, help="of what the step needs")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4, help="at least 3")
+    parser.add_argument(processes.ALONE, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.steps < 3:
+        parser.error(f"--steps must be at least 3, not {arguments.steps}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The tables of truth.py and frontier.py on a CUDA device, with models of the size people train.
+
+    python benchmarks/gpu.py --part truth
+    python benchmarks/gpu.py --part frontier
+
+Needs torch, transformers, pulp and highspy, and no installation: memfit is imported from this
+repository. All of it takes some minutes; 80 GiB are enough. Exit code 1 as in those scripts, 2
+where there is no CUDA device. ``--device cpu --tiny`` runs every line of it without one.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / ".links"))
+
+import torch
+
+from benchmarks import frontier, processes, truth
+from benchmarks.report import write_results
+from benchmarks.workloads import ATTENTIONS, MODELS, Workload
+
+_PARTS: dict[str, Callable[[processes.Request], dict[str, Any]]] = {
+    "truth": truth.measure,
+    "frontier": frontier.measure,
+}
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.alone:
+        processes.answer(_PARTS[arguments.part], arguments.alone)
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "There is no CUDA device here; nothing was measured (--device cpu --tiny is a dry run)."
+        )
+        return 2
+    begin = time.perf_counter()
+    run = _run_truth if arguments.part == "truth" else _run_frontier
+    code, records = run(arguments)
+    if arguments.device == "cuda" and not arguments.tiny:
+        seconds = time.perf_counter() - begin
+        write_results(f"{arguments.part}-cuda", "cuda", records, seconds)
+    return code
+
+
+def _run_truth(arguments: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
+    workloads = [w for attention in ATTENTIONS for w in _workloads(arguments, attention)]
+    shares = truth.QUICK_BUDGETS if arguments.tiny else truth.BUDGETS
+    requests = truth.requests_for(workloads, shares)
+    rows, lost = truth.measure_all(requests, _runner(arguments), jobs=1)
+    return truth.conclude(rows, lost), [truth.record(row) for row in rows]
+
+
+def _run_frontier(arguments: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
+    every, rounds = ((1,), 3) if arguments.tiny else (frontier.EVERY, frontier.ROUNDS)
+    workloads = _workloads(arguments, "sdpa")
+    rows, lost = frontier.measure_all(workloads, every, rounds, _runner(arguments))
+    code = frontier.conclude(rows, lost, timed=not arguments.tiny)
+    return code, [frontier.record(row) for row in rows]
+
+
+def _workloads(arguments: argparse.Namespace, attention: str) -> list[Workload]:
+    size = "tiny" if arguments.tiny else "large"
+    return [
+        Workload(m, attention, size=size, dtype="bfloat16", device=arguments.device)
+        for m in arguments.models
+    ]
+
+
+def _runner(arguments: argparse.Namespace) -> processes.Measure:
+    """CUDA counts anew whenever it is asked to; only a CPU needs a process for each measurement."""
+    measure = _PARTS[arguments.part]
+    if arguments.device == "cuda":
+        return partial(_in_this_process, measure)
+    return partial(processes.alone, __file__, options=("--part", arguments.part))
+
+
+def _in_this_process(measure: processes.Measure, request: processes.Request) -> dict[str, Any]:
+    try:
+        return measure(request)
+    except torch.OutOfMemoryError as error:
+        raise processes.MeasurementFailed(f"measuring {dict(request)} failed: {error}") from error
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", choices=tuple(_PARTS), required=True)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models; times mean nothing")
+    parser.add_argument(processes.ALONE, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

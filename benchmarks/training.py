@@ -1,0 +1,100 @@
+"""A training step that can be repeated exactly: same seed, gradients None before it.
+
+Depends on torch, on the measures and on the workloads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Contestant, Outcome, Peak, measure_peak, outcome_of
+from benchmarks.workloads import Batch, Workload, make
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+OPTIMIZERS = tuple(_OPTIMIZERS)
+
+
+class Trainer:
+    """Runs steps of one model on one batch."""
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, optimizer: str | None = None, device: str = "cpu"
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        self.optimizer: torch.optim.Optimizer | None = None
+        if optimizer is not None:
+            self.optimizer = _OPTIMIZERS[optimizer](model.parameters(), lr=1e-4)
+        self.device = device
+
+    @classmethod
+    def of(cls, workload: Workload) -> "Trainer":
+        """Builds the workload."""
+        model, batch = make(workload)
+        return cls(model, batch, workload.optimizer, workload.device)
+
+    def before(self, seed: int = 0) -> None:
+        """What belongs to no step: the seed, and that there are no gradients."""
+        self.model.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+
+    def backward(self) -> torch.Tensor:
+        """Forward and backward. The outputs die before the backward, as in the usual loop."""
+        loss: torch.Tensor = self.model(**self.batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(self) -> torch.Tensor:
+        """The whole step: forward, backward, and the optimizer's where there is one."""
+        loss = self.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss
+
+    def held_bytes(self) -> int:
+        """Parameters, buffers, optimizer state and batch, counted tensor by tensor."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
+        if self.optimizer is not None:
+            states = self.optimizer.state.values()
+            tensors += [v for s in states for v in s.values() if torch.is_tensor(v)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    def outcome(self) -> Outcome:
+        """Loss and gradients of a forward and backward; parameters stay as they are."""
+        self.before()
+        return outcome_of(self.model, self.backward())
+
+    def peak(self) -> Peak:
+        """Measures a step; one before it has allocated the optimizer's state."""
+        return measure_peak(self.step, before=self.before, device=self.device)
+
+    def contestant(self) -> Contestant:
+        """This step, to be timed."""
+        return Contestant(self.step, self.before)
+
+
+def checkpoint_layers(model: nn.Module, every_n_layers: int) -> None:
+    """Switches transformers' own checkpointing on."""
+    enable = model.activation_checkpointing_enable
+    assert callable(enable)
+    enable(every_n_layers=every_n_layers)
+
+
+def keep_layers(model: nn.Module) -> None:
+    """Switches transformers' own checkpointing off, and its hook on the embeddings with it."""
+    for name in ("activation_checkpointing_disable", "disable_input_require_grads"):
+        switch = getattr(model, name)
+        switch()
+
+
+def count_checkpointed(model: nn.Module) -> int:
+    """How many layers transformers' own checkpointing recomputes."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    return sum(bool(layer.gradient_checkpointing) for layer in layers)

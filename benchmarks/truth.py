@@ -1,0 +1,231 @@
+"""Predicted against measured: does a plan keep its budget, peak where it says, and change nothing?
+
+    python benchmarks/truth.py [--models gpt2 t5] [--budgets 0.6] [--optimizer adamw] [--quick]
+
+A budget is a share of what the unplanned step adds to what is allocated before it; where that is
+less than can be done, the smallest feasible budget stands in. Every row is measured in a process of
+its own. Exit code 1 if any row is off by more than 0.5 %, over its budget, or not bitwise equal.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import processes
+from benchmarks.measure import bitwise_equal
+from benchmarks.report import Table, mib, percent, write_results
+from benchmarks.training import OPTIMIZERS, Trainer
+from benchmarks.workloads import ATTENTIONS, MODELS, Workload
+from memfit.integrations import apply
+from memfit.planner import InfeasibleBudget, Plan, plan
+
+BUDGETS = (1.0, 0.8, 0.6, 0.45, 0.3)
+QUICK_BUDGETS = (1.0, 0.6)
+TOLERANCE = 0.005
+HEADERS = (
+    "model",
+    "attention",
+    "share",
+    "budget MiB",
+    "predicted",
+    "measured",
+    "error %",
+    "fits",
+    "equal",
+    "overhead %",
+    "regions",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One plan, predicted and measured. Bytes are above the resident ones, but for the budget."""
+
+    model: str
+    attention: str
+    optimizer: str | None
+    share: float
+    at_minimum: bool
+    """The share asked for cannot be done; the budget is the smallest that can."""
+    budget_bytes: int
+    resident_bytes: int
+    predicted_bytes: int
+    measured_bytes: int
+    allocated_bytes: int
+    """All at the peak: on CUDA with the libraries' workspaces, on a CPU what the step adds to the
+    tensors that are there before it."""
+    equal: str
+    """``yes``, ``no``, or ``noisy``: the unplanned step does not repeat itself either."""
+    predicted_overhead: float
+    recomputed: int
+    regions: int
+    plan_seconds: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_bytes / self.measured_bytes - 1
+
+    @property
+    def within_budget(self) -> bool:
+        return self.allocated_bytes <= self.budget_bytes
+
+    @property
+    def passes(self) -> bool:
+        return abs(self.error) <= TOLERANCE and self.within_budget and self.equal != "no"
+
+    def cells(self) -> list[str]:
+        """What the table shows."""
+        return [
+            self.model,
+            self.attention,
+            "least" if self.at_minimum else f"{self.share:g}",
+            mib(self.budget_bytes - self.resident_bytes),
+            mib(self.predicted_bytes),
+            mib(self.measured_bytes),
+            percent(self.error, 3),
+            "yes" if self.within_budget else "NO",
+            self.equal if self.equal != "no" else "NO",
+            percent(self.predicted_overhead),
+            f"{self.recomputed}/{self.regions}",
+        ]
+
+
+def measure(request: processes.Request) -> dict[str, Any]:
+    """Plans, trains and measures one row in this process."""
+    workload = Workload(**request["workload"])
+    trainer = Trainer.of(workload)
+    begin = time.perf_counter()
+    made, at_minimum = _plan_share(trainer, request["share"])
+    plan_seconds = time.perf_counter() - begin
+    equal = _compare(trainer, made)
+    with apply(made, trainer.model):
+        peak = trainer.peak()
+    predicted = made.predicted
+    return asdict(
+        Row(
+            model=workload.model,
+            attention=workload.attention,
+            optimizer=workload.optimizer,
+            share=request["share"],
+            at_minimum=at_minimum,
+            budget_bytes=made.budget_bytes,
+            resident_bytes=predicted.resident_bytes,
+            predicted_bytes=predicted.peak_bytes - predicted.resident_bytes,
+            measured_bytes=peak.peak_bytes,
+            allocated_bytes=(peak.before_bytes or trainer.held_bytes()) + peak.peak_bytes,
+            equal=equal,
+            predicted_overhead=predicted.overhead,
+            recomputed=sum(region.action != "keep" for region in made.regions),
+            regions=len(made.regions),
+            plan_seconds=plan_seconds,
+        )
+    )
+
+
+def _plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
+    """The plan for a share of the unplanned step's bytes, or for the least that can be done."""
+
+    def plan_into(budget_bytes: int) -> Plan:
+        return plan(trainer.model, budget_bytes, trainer.batch, optimizer=trainer.optimizer)
+
+    unplanned = plan_into(2**60).predicted
+    dynamic = unplanned.unplanned_peak_bytes - unplanned.resident_bytes
+    try:
+        return plan_into(unplanned.resident_bytes + int(dynamic * share)), False
+    except InfeasibleBudget as error:
+        return plan_into(error.minimum_bytes), True
+
+
+def _compare(trainer: Trainer, made: Plan) -> str:
+    """Whether the planned step computes what the unplanned one does, to the bit."""
+    unplanned = trainer.outcome()
+    with apply(made, trainer.model):
+        planned = trainer.outcome()
+    if bitwise_equal(unplanned, planned):
+        return "yes"
+    return "no" if bitwise_equal(unplanned, trainer.outcome()) else "noisy"
+
+
+def measure_all(
+    requests: Sequence[processes.Request], measure_one: processes.Measure, jobs: int
+) -> tuple[list[Row], int]:
+    """Measures and prints every row; also how many could not be measured."""
+    print("MiB above what is allocated before the step; regions: recomputed of all.\n")
+    table = Table(HEADERS)
+    rows = []
+    for result in processes.each(measure_one, requests, jobs):
+        if isinstance(result, processes.MeasurementFailed):
+            print(result)
+            continue
+        rows.append(Row(**result))
+        table.row(rows[-1].cells())
+    return rows, len(requests) - len(rows)
+
+
+def conclude(rows: Sequence[Row], lost: int) -> int:
+    """Says how many rows fail; the exit code."""
+    failed = sum(not row.passes for row in rows) + lost
+    worst = percent(max((abs(row.error) for row in rows), default=0.0), 4, sign=False)
+    allowed = percent(TOLERANCE, sign=False)
+    print(f"\n{len(rows)} plans, {failed} failed; largest error {worst} %, allowed {allowed} %.")
+    return 1 if failed else 0
+
+
+def record(row: Row) -> dict[str, Any]:
+    """The row for the results file, with what is derived from it."""
+    return asdict(row) | {
+        "error": row.error,
+        "within_budget": row.within_budget,
+        "passes": row.passes,
+    }
+
+
+def requests_for(workloads: Iterable[Workload], shares: Iterable[float]) -> list[processes.Request]:
+    """One request for every row."""
+    shares = list(shares)
+    return [{"workload": asdict(w), "share": share} for w in workloads for share in shares]
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.alone:
+        processes.answer(measure, arguments.alone)
+        return 0
+    size, shares = ("tiny", QUICK_BUDGETS) if arguments.quick else ("small", arguments.budgets)
+    workloads = [
+        Workload(model, attention, size=size, optimizer=arguments.optimizer)
+        for model in arguments.models
+        for attention in arguments.attention
+    ]
+    begin = time.perf_counter()
+    requests = requests_for(workloads, shares)
+    rows, lost = measure_all(requests, partial(processes.alone, __file__), arguments.jobs)
+    code = conclude(rows, lost)
+    if not arguments.quick and len(rows) == len(MODELS) * len(ATTENTIONS) * len(BUDGETS):
+        name = "-".join(filter(None, ["truth-cpu", arguments.optimizer]))
+        write_results(name, "cpu", [record(r) for r in rows], time.perf_counter() - begin)
+    return code
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, metavar="SHARE")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="its step is part of the step")
+    parser.add_argument("--quick", action="store_true", help="tiny models, two budgets")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time")
+    parser.add_argument(processes.ALONE, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

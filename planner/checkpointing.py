@@ -1,0 +1,24 @@
+"""Notices activation checkpointing that is at work in a model already, memfit's own or another's.
+
+A step that recomputes cannot be captured as the step without a plan, and a plan on top of it would
+recompute twice. Modules of transformers say so by an attribute; memfit's forward by a marker.
+Depends on torch.
+"""
+
+from torch import nn
+
+# Set on the object that memfit puts in place of a module's forward.
+PLANNED_MARKER = "_memfit_planned"
+
+
+def checkpointed_module(model: nn.Module) -> str | None:
+    """FQN of a module in which checkpointing is switched on (the type for the model itself)."""
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            return name or type(module).__name__
+    return None
+
+
+def is_planned(model: nn.Module) -> bool:
+    """Whether a memfit plan is applied to the model."""
+    return any(hasattr(m.__dict__.get("forward"), PLANNED_MARKER) for m in model.modules())

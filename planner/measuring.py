@@ -1,0 +1,80 @@
+"""Times every distinct op of a captured step on the device itself.
+
+One op of each signature runs on random tensors of its shapes and strides, alone, so at most one
+op's tensors are allocated at a time; equal ops get equal seconds. Depends on the step's records
+and torch.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from memfit.planner.step_graph import StepGraph
+
+_RUNS = 3
+
+
+def measured_seconds(step: StepGraph, device: torch.device) -> dict[str, float]:
+    """Seconds by op signature; an op that cannot run alone is left out.
+
+    The fastest of a few runs counts: what else the machine does only ever adds.
+    """
+    nodes = {node.meta["op"]: node for node in reversed(step.graph.nodes) if "op" in node.meta}
+    seconds: dict[str, float] = {}
+    with torch.random.fork_rng(), torch.no_grad():
+        for index, op in enumerate(step.ops):
+            if op.signature in seconds or not (op.flops or op.moved_bytes):
+                continue
+            taken = _time_node(nodes[index], device)
+            if taken is not None:
+                seconds[op.signature] = taken
+    return seconds
+
+
+def _time_node(node: fx.Node, device: torch.device) -> float | None:
+    function: Any = node.target
+    try:
+        args, kwargs = _real((node.args, node.kwargs), device)
+        run = _on_cuda if device.type == "cuda" else _on_cpu
+        return min(run(lambda: function(*args, **kwargs)) for _ in range(_RUNS + 1))
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        # An op whose arguments cannot be made up (indices into a table, a generator): the caller
+        # prices it by the roofline and says so.
+        return None
+
+
+def _on_cpu(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _on_cuda(run: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def _real(value: Any, device: torch.device) -> Any:
+    """``value`` with a random tensor in place of every node."""
+    if isinstance(value, fx.Node):
+        return _tensor(value, device)
+    if isinstance(value, torch.device):
+        return device
+    if isinstance(value, (tuple, list)):
+        return type(value)(_real(v, device) for v in value)
+    if isinstance(value, dict):
+        return {key: _real(v, device) for key, v in value.items()}
+    return value
+
+
+def _tensor(node: fx.Node, device: torch.device) -> torch.Tensor:
+    shape, stride, dtype = node.meta["shape"], node.meta["stride"], node.meta["dtype"]
+    tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return tensor.uniform_() if dtype.is_floating_point else tensor.zero_()

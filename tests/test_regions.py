@@ -1,0 +1,106 @@
+"""Which module calls become regions, found from the graph alone."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.planner.capture import capture
+from memfit.planner.regions import find_regions
+
+BLOCKS = {
+    "bert": [f"bert.encoder.layer.{i}" for i in range(4)],
+    "gpt2": [f"transformer.h.{i}" for i in range(4)],
+    "llama": [f"model.layers.{i}" for i in range(4)],
+    "vit": [f"vit.layers.{i}" for i in range(4)],
+    "t5": [f"{stack}.block.{i}" for stack in ("encoder", "decoder") for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_repeated_blocks_are_the_regions(
+    name: str, attention: str, make: Callable[..., Any]
+) -> None:
+    model, batch = make(name, attention=attention)
+    regions = find_regions(capture(model, batch))
+    assert [r.name for r in regions if r.name in BLOCKS[name]] == BLOCKS[name]
+    assert not any(r.kept_because for r in regions)
+    for a, b in pairwise(regions):
+        assert a.stop <= b.start and b.backward_stop <= a.backward_start
+
+
+def test_first_blocks_of_t5_differ_from_the_others(make: Callable[..., Any]) -> None:
+    model, batch = make("t5")
+    kinds = [r.kind for r in find_regions(capture(model, batch))]
+    assert len(set(kinds[1:4])) == len(set(kinds[5:8])) == 1
+    assert len({kinds[0], kinds[1], kinds[4], kinds[5]}) == 4
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.linear(x)).tanh().exp()
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: list[nn.Module], times: int = 1) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            for block in self.blocks:
+                x = block(x)
+        return x.sum()
+
+
+def test_blocks_that_change_buffers_are_kept_and_say_why() -> None:
+    step = capture(Stack([Block(nn.BatchNorm1d(16)) for _ in range(3)]), (torch.zeros(4, 16),))
+    regions = find_regions(step)
+    assert [r.name for r in regions] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert all("changes a buffer from outside in place" in r.kept_because for r in regions)
+
+
+def test_a_block_called_twice_is_kept_and_says_why() -> None:
+    step = capture(Stack([Block(nn.LayerNorm(16))], times=2), (torch.zeros(4, 16),))
+    assert {r.kept_because for r in find_regions(step)} == {"called 2 times in a step"}
+
+
+def test_parallel_modules_are_no_chain() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(Block(nn.LayerNorm(16)) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum((e(x) for e in self.experts), x)
+
+    step = capture(Stack([Experts() for _ in range(2)]), (torch.zeros(4, 16),))
+    assert [r.name for r in find_regions(step)] == ["blocks.0", "blocks.1"]
+
+
+def test_the_innermost_chain_is_taken() -> None:
+    def stage() -> nn.Module:
+        return nn.Sequential(*(Block(nn.LayerNorm(16)) for _ in range(2)))
+
+    step = capture(Stack([stage(), stage()]), (torch.zeros(4, 16),))
+    names = [r.name for r in find_regions(step)]
+    assert names == ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"]
+
+
+def test_frozen_blocks_are_no_regions(make: Callable[..., Any]) -> None:
+    model, batch = make("bert")
+    for layer in model.bert.encoder.layer[:2]:
+        layer.requires_grad_(False)
+    model.bert.embeddings.requires_grad_(False)
+    names = [r.name for r in find_regions(capture(model, batch))]
+    assert names == ["bert.encoder.layer.2", "bert.encoder.layer.3"]
