@@ -47,7 +47,8 @@ class Block(nn.Module):
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.norm(self.linear(x)).tanh().exp()
+        y: torch.Tensor = self.norm(self.linear(x))
+        return x + y.tanh().exp()
 
 
 class Stack(nn.Module):

@@ -380,7 +380,7 @@ def test_identical_regions_are_put_in_order() -> None:
     problem = Problem(regions, moments, 10_000)
     assert in_order(problem, (0, 1, 0, 0, 1, 0)) == (1, 1, 0, 0, 0, 0)
     # Nothing moves when it would raise the peak: here only the last region has room to recompute.
-    late = tuple(replace(m, base_bytes=0 if m.stored == 5 else 400) for m in moments)
+    late = tuple(replace(m, base_bytes=0 if m.stored == 5 else 600) for m in moments)
     pinned = Problem(regions, late, 10_000)
     wide = replace(checkpoint, backward_bytes=900)
     pinned = replace(pinned, regions=tuple(replace(r, options=(keep, wide)) for r in regions))
