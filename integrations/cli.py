@@ -125,6 +125,7 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         optimizer=options.optimizer,
         device=options.device,
         solver=options.solver,
+        costs=options.costs,
         keep_outputs=options.keep_outputs,
         gap=options.gap,
         time_limit_seconds=options.time_limit,
@@ -298,6 +299,12 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def _add_solving(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("solving")
+    group.add_argument(
+        "--costs",
+        choices=("roofline", "measured"),
+        default="roofline",
+        help="seconds from the device table, or from timing every distinct op on the device",
+    )
     group.add_argument(
         "--solver",
         choices=tuple(SOLVERS),

@@ -7,8 +7,7 @@ the ops before ``c``. Storages are what an allocator sees: views and in-place re
 Depends on torch.fx alone; everything that plans (regions, costs, simulation) reads these records.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import fx
@@ -30,6 +29,7 @@ class Kind(Enum):
     OPTIMIZER = "optimizer state"
     BATCH = "batch"
     CONSTANT = "constant"
+    WORKSPACE = "library workspace"
     GRADIENT = "gradient"
     ACTIVATION = "activation"
 
@@ -39,7 +39,7 @@ class Kind(Enum):
         return self in _RESIDENT
 
 
-_RESIDENT = frozenset({Kind.PARAMETER, Kind.BUFFER, Kind.OPTIMIZER, Kind.BATCH, Kind.CONSTANT})
+_RESIDENT = frozenset(Kind) - {Kind.GRADIENT, Kind.ACTIVATION}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +141,10 @@ class StepGraph:
         """Seconds of the step when nothing is recomputed."""
         return sum(op.seconds for op in self.ops)
 
-    def ancestors(self, call: int) -> Iterator[int]:
-        """The call itself, then its callers, innermost first."""
-        while call >= 0:
-            yield call
-            call = self.calls[call].parent
+    def with_workspace(self, size_bytes: int) -> "StepGraph":
+        """The step beside memory that a library took for itself in an earlier one."""
+        workspace = Storage(size_bytes, Kind.WORKSPACE, -1, len(self.ops))
+        return replace(self, storages=(*self.storages, workspace)) if size_bytes else self
 
     def format(self) -> str:
         """The graph as text, one op a line: storages as ``%3``, results before the op's name."""

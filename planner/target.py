@@ -36,6 +36,11 @@ class Target:
         """Device memory that a saved generator state takes."""
         return _CPU_RNG_STATE_BYTES if self.device.kind == "cpu" else 0
 
+    @property
+    def workspace_bytes(self) -> int:
+        """What BLAS keeps of the device: autograd's backward runs in a thread with its own handle."""
+        return 2 * self.device.workspace_bytes
+
     def present(self) -> torch.device:
         """The device itself, to measure on; :class:`DeviceError` when it is not this machine's."""
         if self.device.kind == "cpu":
