@@ -3,9 +3,9 @@
     python benchmarks/frontier.py [--models gpt2 t5] [--every 1 2] [--rounds 9] [--quick]
 
 For every model and k, transformers' ``activation_checkpointing_enable(every_n_layers=k)`` is
-measured, memfit plans into exactly that peak, and the unplanned step, transformers' and memfit's
-take turns in one process with one thread. Peaks are measured in processes of their own. Exit code 1
-if memfit is slower than transformers by more than 3 points of the unplanned step anywhere.
+measured in a process of its own, memfit plans into exactly that peak, and the unplanned step,
+transformers' and memfit's take turns in another process, with one thread. Exit code 1 if memfit is
+slower than transformers by more than 3 points of the unplanned step anywhere.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from memfit.planner import InfeasibleBudget, Plan, plan
 EVERY = (1, 2, 3, 4)
 TOLERANCE = 0.03
 ROUNDS = 9
+QUICK_ROUNDS = 3
 HEADERS = (
     "model",
     "every k",
@@ -102,40 +103,32 @@ class Row:
 def measure_row(workload: Workload, every: int, rounds: int, run: processes.Measure) -> Row:
     """One row; ``run`` carries out each part, in this process or in another."""
     request = {"workload": asdict(workload), "every": every, "rounds": rounds}
-    rival = run(request | {"part": "rival"})
-    budget = {"rival_bytes": rival["peak_bytes"]}
-    own = run(request | budget | {"part": "memfit"})
-    times = run(request | budget | {"part": "times"})
+    rival = run(request)
+    own = run(request | {"rival_bytes": rival["rival_bytes"]})
     return Row(
         model=workload.model,
         attention=workload.attention,
         every_n_layers=every,
-        rival_bytes=rival["peak_bytes"],
-        memfit_bytes=own["peak_bytes"],
-        short_bytes=own["short_bytes"],
-        rival_layers=rival["layers"],
-        memfit_regions=own["regions"],
-        predicted_overhead=own["predicted_overhead"],
-        **times,
+        **rival,
+        **own,
     )
 
 
 def measure(request: processes.Request) -> dict[str, Any]:
-    """Carries out one part of a row in this process."""
+    """The rival's peak, or where that is told, memfit's peak and the times, in this process."""
     trainer = Trainer.of(Workload(**request["workload"]))
-    if request["part"] == "rival":
+    if "rival_bytes" not in request:
         return _measure_rival(trainer, request["every"])
     made, short_bytes = _plan_at(trainer, request["rival_bytes"])
-    if request["part"] == "memfit":
-        with apply(made, trainer.model):
-            peak = trainer.peak()
-        return {
-            "peak_bytes": peak.peak_bytes,
-            "short_bytes": short_bytes,
-            "regions": sum(region.action != "keep" for region in made.regions),
-            "predicted_overhead": made.predicted.overhead,
-        }
-    return _measure_times(trainer, made, request["every"], request["rounds"])
+    with apply(made, trainer.model):
+        peak = trainer.peak()
+    times = _measure_times(trainer, made, request["every"], request["rounds"])
+    return times | {
+        "memfit_bytes": peak.peak_bytes,
+        "short_bytes": short_bytes,
+        "memfit_regions": sum(region.action != "keep" for region in made.regions),
+        "predicted_overhead": made.predicted.overhead,
+    }
 
 
 def _measure_rival(trainer: Trainer, every: int) -> dict[str, Any]:
@@ -143,7 +136,7 @@ def _measure_rival(trainer: Trainer, every: int) -> dict[str, Any]:
     layers = count_checkpointed(trainer.model)
     peak = trainer.peak()
     keep_layers(trainer.model)
-    return {"peak_bytes": peak.peak_bytes, "layers": layers}
+    return {"rival_bytes": peak.peak_bytes, "rival_layers": layers}
 
 
 def _plan_at(trainer: Trainer, rival_bytes: int) -> tuple[Plan, int]:
@@ -241,12 +234,11 @@ def main() -> int:
     if arguments.alone:
         processes.answer(measure, arguments.alone)
         return 0
-    size, every, rounds = "small", arguments.every, arguments.rounds
-    if arguments.quick:
-        size, every, rounds = "tiny", (1, 2), 3
+    size, rounds = ("tiny", QUICK_ROUNDS) if arguments.quick else ("small", ROUNDS)
+    rounds = arguments.rounds or rounds
     workloads = [Workload(model, arguments.attention, size=size) for model in arguments.models]
     begin = time.perf_counter()
-    rows, lost = measure_all(workloads, every, rounds, partial(processes.alone, __file__))
+    rows, lost = measure_all(workloads, arguments.every, rounds, partial(processes.alone, __file__))
     code = conclude(rows, lost, timed=not arguments.quick)
     if not arguments.quick and len(rows) == len(MODELS) * len(EVERY):
         write_results("frontier-cpu", "cpu", [record(r) for r in rows], time.perf_counter() - begin)
@@ -258,7 +250,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--attention", choices=ATTENTIONS, default="sdpa")
     parser.add_argument("--every", nargs="+", type=int, default=EVERY, metavar="K")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, help="of the three in turns")
     parser.add_argument("--quick", action="store_true", help="tiny models; times mean nothing")
     parser.add_argument(processes.ALONE, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -199,7 +199,8 @@ def main() -> int:
     if arguments.alone:
         processes.answer(measure, arguments.alone)
         return 0
-    size, shares = ("tiny", QUICK_BUDGETS) if arguments.quick else ("small", arguments.budgets)
+    size, shares = ("tiny", QUICK_BUDGETS) if arguments.quick else ("small", BUDGETS)
+    shares = arguments.budgets or shares
     workloads = [
         Workload(model, attention, size=size, optimizer=arguments.optimizer)
         for model in arguments.models
@@ -219,7 +220,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
-    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, metavar="SHARE")
+    parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="its step is part of the step")
     parser.add_argument("--quick", action="store_true", help="tiny models, two budgets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time")

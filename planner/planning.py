@@ -92,7 +92,7 @@ def plan(
     step = capture(
         model, arguments, optimizer=factory, keep_outputs=keep_outputs, modes=target.modes()
     )
-    step = step.with_workspace(target.workspace_bytes)
+    step = target.with_workspace(step)
     step, costs = _priced(step, target, costs, say)
     say(f"solving for {format_bytes(budget_bytes)}")
     task = Task.of(step, target, budget_bytes, Limits(gap, time_limit_seconds))

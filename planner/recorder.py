@@ -29,7 +29,17 @@ from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, S
 _aten = torch.ops.aten
 # Size of the float64 or int64 tensor that wraps a Python number.
 _NUMBER_BYTES = 8
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
+_PLAIN = (
+    int,
+    float,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 
 class _Handle:

@@ -12,6 +12,8 @@ from torch import nn
 from memfit.planner import devices
 from memfit.planner.budget import BudgetError
 from memfit.planner.devices import Device
+from memfit.planner.step_graph import StepGraph
+from memfit.planner.workspace import with_cpu_workspace
 
 # What the current GPU has free is not all for the step: fragments and other users of the driver.
 AUTO_MARGIN = 0.05
@@ -36,10 +38,15 @@ class Target:
         """Device memory that a saved generator state takes."""
         return _CPU_RNG_STATE_BYTES if self.device.kind == "cpu" else 0
 
-    @property
-    def workspace_bytes(self) -> int:
-        """What BLAS keeps of the device: autograd's backward runs in a thread with its own handle."""
-        return 2 * self.device.workspace_bytes
+    def with_workspace(self, step: StepGraph) -> StepGraph:
+        """``step`` with what libraries allocate beside tensors.
+
+        On a CPU that is inside of ops. On a GPU it is what BLAS keeps; the backward runs in a
+        thread of autograd with a handle of its own.
+        """
+        if self.device.kind == "cpu":
+            return with_cpu_workspace(step)
+        return step.with_workspace(2 * self.device.workspace_bytes)
 
     def present(self) -> torch.device:
         """The device itself, to measure on; :class:`DeviceError` when it is not this machine's."""

@@ -1,0 +1,103 @@
+"""The benchmarks run, on tiny models, and say what they found with their exit codes.
+
+Each script runs as a person would run it. Times of tiny models mean nothing and are not judged.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_script(name: str, *options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+def table_rows(output: str) -> list[list[str]]:
+    """Cells of the table's lines, without the headers."""
+    lines = [line.strip("| ").split("|") for line in output.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines[2:]]
+
+
+def test_predictions_are_true() -> None:
+    code, output = run_script("truth.py", "--quick", "--models", "t5", "--attention", "sdpa")
+    assert code == 0, output
+    rows = table_rows(output)
+    assert [row[2] for row in rows] == ["1", "least"]
+    assert [row[7:9] for row in rows] == [["yes", "yes"]] * 2
+    assert rows[0][-1] == "0/4" and rows[1][-1] != "0/4"
+
+
+def test_predictions_are_true_with_an_optimizer() -> None:
+    which = ("--quick", "--models", "gpt2", "--attention", "eager", "--budgets", "0.9")
+    options = (*which, "--optimizer", "adamw")
+    code, output = run_script("truth.py", *options)
+    assert code == 0, output
+    assert len(table_rows(output)) == 1
+
+
+def test_the_frontier_is_measured_at_the_same_peak() -> None:
+    code, output = run_script("frontier.py", "--quick", "--models", "bert", "--every", "2")
+    assert code == 0, output
+    (row,) = table_rows(output)
+    assert row[:2] == ["bert", "2"]
+    assert float(row[3]) <= float(row[2])
+
+
+@pytest.mark.parametrize("part", ["truth", "frontier"])
+def test_the_gpu_script_runs_dry(part: str) -> None:
+    options = ("--part", part, "--device", "cpu", "--tiny", "--models", "vit")
+    code, output = run_script("gpu.py", *options)
+    assert code == 0, output
+    assert all(row[0] == "vit" for row in table_rows(output))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("part", ["truth", "frontier"])
+def test_without_a_gpu_it_says_so(part: str) -> None:
+    code, output = run_script("gpu.py", "--part", part)
+    assert code == 2
+    (sentence,) = output.splitlines()
+    assert "no CUDA device" in sentence
+
+
+def test_the_demo_keeps_its_budget(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=256,
+        vocab_size=256,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path)
+    batch = ("--batch-size", "8", "--length", "64", "--steps", "2")
+    code, output = run_script("demo.py", "--model", str(tmp_path), *batch)
+    assert code == 0, output
+    rows = table_rows(output)
+    assert [row[0] for row in rows] == ["unplanned", "checkpointed", "planned"]
+    assert [row[-1] for row in rows] == ["equal"] * 3
+    assert "keeps its budget" in output
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")))
+def test_recorded_results_say_what_made_them(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["rows"]
+    assert {"command", "date", "machine", "versions"} <= record.keys()
+    assert {"python", "torch", "transformers", "pulp"} <= record["versions"].keys()
