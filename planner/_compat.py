@@ -26,7 +26,6 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
-    "engine_is_accumulating",
     "fake_tensors_look_real",
     "flops_of",
     "new_fake",
@@ -62,14 +61,6 @@ def real_execution() -> Iterator[None]:
     """
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         yield
-
-
-def engine_is_accumulating() -> bool:
-    """Whether a backward op comes from the autograd engine adding up gradients, not from a node.
-
-    Goes when the current node is public: torch.autograd.graph has no accessor for it.
-    """
-    return torch._C._current_autograd_node() is None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ and torch.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,15 @@ def _real(value: Any, device: torch.device) -> Any:
 
 
 def _tensor(node: fx.Node, device: torch.device) -> torch.Tensor:
-    shape, stride, dtype = node.meta["shape"], node.meta["stride"], node.meta["dtype"]
-    tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return tensor.uniform_() if dtype.is_floating_point else tensor.zero_()
+    return made_up(node.meta["shape"], node.meta["stride"], node.meta["dtype"], device)
+
+
+def made_up(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor of random numbers (zeros for integers), of overlapping strides too."""
+    elements = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    flat = torch.zeros(elements if 0 not in shape else 0, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        flat.uniform_()
+    return flat.as_strided(shape, stride)

@@ -19,7 +19,6 @@ from torch import fx
 from memfit.planner._compat import (
     FakeTensorMode,
     TorchDispatchMode,
-    engine_is_accumulating,
     flops_of,
     storage_key,
 )
@@ -103,7 +102,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watchers: dict[int, Any] = {}
         self._paused = False
         self._numbers: list[int] = []
-        self._summands: list[tuple[int, int]] = []
 
     # -- tensors ---------------------------------------------------------------------------------
 
@@ -235,9 +233,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
         outputs = tuple(self._bind(t, index) for t in results)
         self._name_results(node, out)
-        if self.phase is Phase.BACKWARD and func is _aten.add.Tensor and engine_is_accumulating():
-            self._accumulate(arguments, index)
-        elif self.phase is Phase.FORWARD and torch.is_grad_enabled():
+        if self.phase is Phase.FORWARD and torch.is_grad_enabled():
             self._hold_numbers(func, args, index)
         written = _written(func, args, kwargs)
         self._ops.append(
@@ -257,16 +253,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else sum(t.numel() * t.element_size() for t in (*arguments, *results)),
             )
         )
-
-    def _accumulate(self, summands: list[torch.Tensor], index: int) -> None:
-        """The engine adds gradients in place when it holds the last reference to one of them.
-
-        It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp),
-        so the summand that dies here is taken to make room for the sum.
-        """
-        for tensor in summands:
-            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
-                self._summands.append((self._storage_of(tensor), index))
 
     def _hold_numbers(self, func: Any, args: tuple[Any, ...], index: int) -> None:
         """Python numbers in place of tensors: autograd saves each as a tensor that no hook sees."""
@@ -326,7 +312,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         end = len(self._ops)
         self._settle_numbers()
         released = [end if s.released is None else s.released for s in self._storages]
-        self._settle_sums(released)
         storages = [
             Storage(s.size_bytes, s.kind, s.born, until)
             for s, until in zip(self._storages, released, strict=True)
@@ -357,16 +342,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call = self._calls[self._ops[number.born].call]
             released = [s.released for s in self._saved[call.first_saved : call.last_saved]]
             number.released = max((r for r in released if r is not None), default=None)
-
-    def _settle_sums(self, released: list[int]) -> None:
-        """In-place gradient sums: the first summand that nothing else keeps is not alive beside."""
-        saved = {s.storage for s in self._saved}
-        done: set[int] = set()
-        for storage, index in self._summands:
-            last = released[storage] == index + 1 and storage not in saved
-            if last and index not in done and not self._storages[storage].kind.resident:
-                released[storage] = index
-                done.add(index)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from memfit.planner.errors import MemfitError
+from memfit.planner.measuring import made_up
 from memfit.planner.step_graph import StepGraph
 
 _MATMULS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
@@ -44,7 +46,7 @@ class Request:
     kwargs: Any
 
 
-class WorkspaceError(RuntimeError):
+class WorkspaceError(MemfitError, RuntimeError):
     """The measuring process failed."""
 
 
@@ -165,8 +167,7 @@ def _run(request: Request) -> int:
 
 def _tensors(value: Any) -> Any:
     if isinstance(value, TensorLike):
-        tensor = torch.empty_strided(value.shape, value.stride, dtype=value.dtype)
-        return tensor.uniform_() if value.dtype.is_floating_point else tensor.zero_()
+        return made_up(value.shape, value.stride, value.dtype, torch.device("cpu"))
     if isinstance(value, tuple):
         return [_tensors(v) for v in value]
     if isinstance(value, dict):

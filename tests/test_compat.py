@@ -1,0 +1,65 @@
+"""Each shim over a private or surprising part of torch and transformers does what it says."""
+
+import pytest
+import torch
+import transformers.utils.import_utils as import_utils
+
+from memfit.planner import _compat
+from memfit.planner.budget import BudgetError
+from memfit.planner.target import find_target, free_bytes
+
+
+def test_storage_keys_tell_storages_apart_and_views_not() -> None:
+    with _compat.FakeTensorMode():
+        a, b = torch.zeros(4), torch.zeros(4)
+        assert _compat.storage_key(a) == _compat.storage_key(a[1:])
+        assert _compat.storage_key(a) != _compat.storage_key(b)
+
+
+def test_a_new_fake_has_strides_and_its_own_storage() -> None:
+    mode = _compat.FakeTensorMode()
+    like = torch.empty(4, 6, device="meta").t()
+    fake = _compat.new_fake(mode, like, torch.device("cpu"))
+    assert isinstance(fake, _compat.FakeTensor)
+    assert (fake.shape, fake.stride(), fake.device.type) == (like.shape, like.stride(), "cpu")
+
+
+def test_ops_run_for_real_inside_a_dispatch_mode() -> None:
+    seen = []
+
+    class Mode(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            with _compat.real_execution():
+                seen.append(torch.ones(2).sum().item())
+            return func(*args, **kwargs or {})
+
+    with _compat.FakeTensorMode(), Mode():  # type: ignore[no-untyped-call]
+        torch.zeros(2)
+    assert seen == [2.0]
+
+
+def test_fake_tensors_look_real_to_transformers_for_a_while() -> None:
+    with _compat.FakeTensorMode():
+        fake = torch.zeros(1)
+    assert import_utils.is_tracing(fake)
+    with _compat.fake_tensors_look_real():
+        assert not import_utils.is_tracing(fake)
+    assert import_utils.is_tracing(fake)
+
+
+def test_flops_of_cpu_attention_are_those_of_its_two_products() -> None:
+    q = torch.zeros(2, 4, 16, 8)
+    func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert _compat.flops_of(func, (q, q, q), {}, None) == 2 * (2 * 2 * 4 * 16 * 16 * 8)
+
+
+def test_auto_is_for_a_gpu_that_is_here() -> None:
+    with pytest.raises(BudgetError, match="'auto' reads the free memory of a GPU"):
+        free_bytes(find_target(torch.nn.Linear(1, 1), "cpu"))
+
+
+def test_a_meta_model_without_a_named_device_says_for_what_it_is_planned() -> None:
+    target = find_target(torch.nn.Linear(1, 1, device="meta"), None)
+    assert target.device.kind == "cuda"
+    if not torch.cuda.is_available():
+        assert "planned for a100-80gb" in target.notes[0]
