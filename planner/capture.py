@@ -125,8 +125,8 @@ def _follow_calls(twin: nn.Module, recorder: Recorder) -> None:
         ) -> None:
             recorder.enter_call(name, type_name, (args, kwargs))
 
-        def leave(*_: Any) -> None:
-            recorder.exit_call()
+        def leave(module: nn.Module, *_: Any) -> None:
+            recorder.exit_call(v for k, v in vars(module).items() if not k.startswith("__"))
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, prepend=True, always_call=True)

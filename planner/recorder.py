@@ -82,6 +82,7 @@ class _OpenCall:
     inputs: tuple[int, ...]
     stop: int = 0
     last_saved: int = 0
+    keeps_state: bool = False
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,6 +103,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watchers: dict[int, Any] = {}
         self._paused = False
         self._numbers: list[int] = []
+        self._in_use: set[int] = set()
+        self._summands: list[tuple[int, int]] = []
 
     # -- tensors ---------------------------------------------------------------------------------
 
@@ -149,6 +152,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def dropped(_: Any) -> None:
             saved.released = len(self._ops)
+            self._in_use.discard(index)
 
         saved.watchers.append(weakref.ref(handle, dropped))
         return handle
@@ -159,6 +163,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if saved.unpacked is None:
             saved.unpacked = len(self._ops)
         saved.used_until = len(self._ops) + 1
+        self._in_use.add(handle.index)
         self._paused = True
         try:
             tensor = torch.empty_strided(
@@ -191,10 +196,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _OpenCall(module, type_name, parent, len(self._ops), len(self._saved), inputs)
         )
 
-    def exit_call(self) -> None:
-        """The innermost module's forward ends."""
+    def exit_call(self, attributes: Iterable[Any] = ()) -> None:
+        """The innermost module's forward ends; ``attributes`` are what the module then holds."""
         call = self._calls[self._stack.pop()]
         call.stop, call.last_saved = len(self._ops), len(self._saved)
+        kept = (self._storages[self._storage_of(t)] for t in tensors_in(list(attributes)))
+        call.keeps_state = any(s.born >= call.start for s in kept)
 
     def current_module(self) -> str:
         """FQN of the module whose forward runs; empty for the model itself."""
@@ -235,6 +242,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._name_results(node, out)
         if self.phase is Phase.FORWARD and torch.is_grad_enabled():
             self._hold_numbers(func, args, index)
+        elif self.phase is Phase.BACKWARD and func is _aten.add.Tensor:
+            self._add_gradients(arguments, index)
         written = _written(func, args, kwargs)
         self._ops.append(
             Op(
@@ -253,6 +262,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else sum(t.numel() * t.element_size() for t in (*arguments, *results)),
             )
         )
+
+    def _add_gradients(self, summands: list[torch.Tensor], index: int) -> None:
+        """The engine adds gradients in place when it holds the last reference to one of them.
+
+        It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp).
+        A sum that a node makes itself is told apart by the saved tensors that the node still uses.
+        """
+        if not self._in_use:
+            for tensor in summands:
+                if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+                    self._summands.append((self._storage_of(tensor), index))
 
     def _hold_numbers(self, func: Any, args: tuple[Any, ...], index: int) -> None:
         """Python numbers in place of tensors: autograd saves each as a tensor that no hook sees."""
@@ -312,6 +332,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         end = len(self._ops)
         self._settle_numbers()
         released = [end if s.released is None else s.released for s in self._storages]
+        self._settle_sums(released)
         storages = [
             Storage(s.size_bytes, s.kind, s.born, until)
             for s, until in zip(self._storages, released, strict=True)
@@ -328,7 +349,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         calls = [
             Call(c.module, c.type_name, c.parent, c.start, c.stop,
-                 range(c.first_saved, c.last_saved), c.inputs)
+                 range(c.first_saved, c.last_saved), c.inputs, c.keeps_state)
             for c in self._calls
         ]  # fmt: skip
         return StepGraph(
@@ -342,6 +363,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call = self._calls[self._ops[number.born].call]
             released = [s.released for s in self._saved[call.first_saved : call.last_saved]]
             number.released = max((r for r in released if r is not None), default=None)
+
+    def _settle_sums(self, released: list[int]) -> None:
+        """A summand that nothing else keeps becomes the sum: it is not alive beside it."""
+        saved = {s.storage for s in self._saved}
+        done: set[int] = set()
+        for storage, index in self._summands:
+            if index in done or storage in saved or self._storages[storage].kind.resident:
+                continue
+            if released[storage] == index + 1:
+                released[storage] = index
+                done.add(index)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -1,10 +1,10 @@
 """Finds the regions of a captured step: the repeated blocks, and what lies around them.
 
-Blocks are found from the graph, not from names: module calls of one type that feed each other in a
-chain and together hold most of what their caller saves for the backward. The innermost such chain
-is taken. What is left over becomes a region too where recomputing it would free a noticeable share.
-A region that cannot be run twice safely has a reason and is kept. Depends on networkx for the
-dataflow.
+Blocks are found from the graph, not from names: module calls of one list or one type that feed each
+other directly and together hold most of what their caller saves for the backward. The innermost
+such chain in which types repeat is taken. What is left over becomes a region too where recomputing
+it would free a noticeable share. A region that cannot be run twice safely has a reason and is kept.
+Depends on networkx for the dataflow.
 """
 
 from collections import Counter, defaultdict
@@ -104,18 +104,27 @@ class _CallTree:
 
     def _chain(self, call: int) -> set[int]:
         """The blocks among the calls that ``call`` makes; empty when there are none."""
-        by_type: dict[str, list[int]] = defaultdict(list)
+        alike: dict[str, list[int]] = defaultdict(list)
         for child in self._children[call]:
             if self._freed[child] and self._in_backward(child):
-                by_type[self._step.calls[child].type_name].append(child)
-        for members in by_type.values():
+                record = self._step.calls[child]
+                container, _, name = record.module.rpartition(".")
+                alike[container if name.isdigit() else record.type_name].append(child)
+        for members in alike.values():
             share = sum(self._freed[m] for m in members) / max(1, self._freed[call])
-            if len(members) > 1 and share >= _CHAIN_SHARE and self._is_chain(call, members):
+            types = {self._step.calls[m].type_name for m in members}
+            if (
+                len(members) > len(types)
+                and share >= _CHAIN_SHARE
+                and self._is_chain(call, members)
+            ):
                 return set(members)
         return set()
 
     def _is_chain(self, call: int, members: list[int]) -> bool:
         flow = _dataflow(self._step, call, self._children[call])
+        others = (c for c in self._children[call] if self._freed[c] and c not in members)
+        flow.remove_nodes_from(list(others))
         return all(nx.has_path(flow, a, b) for a, b in pairwise(members))
 
 
@@ -132,7 +141,8 @@ def _dataflow(step: StepGraph, call: int, children: list[int]) -> nx.DiGraph:
         for storage in step.ops[index].inputs:
             if (source := producer.get(storage, node)) != node:
                 flow.add_edge(source, node)
-        for storage in step.ops[index].outputs:
+        made = (s for s in step.ops[index].outputs if step.storages[s].born == index)
+        for storage in (*made, *step.ops[index].written):
             producer[storage] = node
     return flow
 
@@ -149,6 +159,9 @@ def _why_kept(step: StepGraph, call: int, times: int) -> str:
     record = step.calls[call]
     if times > 1:
         return f"called {times} times in a step"
+    for inner in step.calls:
+        if inner.keeps_state and record.start <= inner.start and inner.stop <= record.stop:
+            return f"{inner.module} keeps a tensor of its forward in itself"
     for index in range(record.start, record.stop):
         for storage in step.ops[index].written:
             if step.storages[storage].born < record.start:

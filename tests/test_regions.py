@@ -1,6 +1,6 @@
 """Which module calls become regions, found from the graph alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, blocks: list[nn.Module], times: int = 1) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], times: int = 1) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.times = times
@@ -105,3 +105,51 @@ def test_frozen_blocks_are_no_regions(make: Callable[..., Any]) -> None:
     model.bert.embeddings.requires_grad_(False)
     names = [r.name for r in find_regions(capture(model, batch))]
     assert names == ["bert.encoder.layer.2", "bert.encoder.layer.3"]
+
+
+def test_modules_that_share_an_input_are_no_chain() -> None:
+    """Two projections of one tensor, as adapters make them: the second does not read the first."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.linear(x.flatten(0, 0))
+            return y.tanh().exp().sin()
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = Branch(), Branch()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query: torch.Tensor = self.query(x)
+            return x + query * self.value(x)
+
+    step = capture(Stack([Pair(), Pair()]), (torch.zeros(4, 16),))
+    assert [r.name for r in find_regions(step)] == ["blocks.0", "blocks.1"]
+
+
+def test_blocks_of_several_types_in_one_list_are_a_chain() -> None:
+    class Other(Block):
+        pass
+
+    blocks = [Block(nn.LayerNorm(16)), Other(nn.LayerNorm(16)), Block(nn.LayerNorm(16))]
+    regions = find_regions(capture(Stack(blocks), (torch.zeros(4, 16),)))
+    assert [r.name for r in regions] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_a_block_that_keeps_a_tensor_in_itself_is_kept_and_says_why() -> None:
+    class Recurrent(Block):
+        state: torch.Tensor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.state = super().forward(x)
+            return self.state
+
+    step = capture(Stack([Recurrent(nn.LayerNorm(16)) for _ in range(2)]), (torch.zeros(4, 16),))
+    assert [r.kept_because for r in find_regions(step)] == [
+        f"blocks.{i} keeps a tensor of its forward in itself" for i in range(2)
+    ]
