@@ -32,3 +32,8 @@ def without_cache(
     if not torch.is_grad_enabled() or kwargs.get("use_cache") is False:
         return None
     return args, kwargs | {"use_cache": False}
+
+
+def is_cache(value: object) -> bool:
+    """Whether an argument is a key/value cache of transformers, by what it offers."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")

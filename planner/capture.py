@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -46,7 +47,7 @@ def capture(
     _refuse_checkpointing(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(mode)
-    python_random = random.getstate()
+    generators = random.getstate(), numpy.random.get_state()
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -65,7 +66,8 @@ def capture(
             " or replace the data-dependent branch"
         ) from error
     finally:
-        random.setstate(python_random)
+        random.setstate(generators[0])
+        numpy.random.set_state(generators[1])
     return recorder.finish()
 
 
@@ -106,7 +108,8 @@ def _fake_batch(batch: BatchArguments, mode: FakeTensorMode, recorder: Recorder)
     for tensor in tensors_in(batch if isinstance(batch, (tuple, list)) else dict(batch)):
         if id(tensor) not in memo:
             fake = _fake(tensor.detach(), mode).requires_grad_(tensor.requires_grad)
-            recorder.shadows.set(fake, tensor.detach())
+            if not fake.requires_grad:
+                recorder.shadows.set(fake, tensor.detach().clone())
             memo[id(tensor)] = fake
             recorder.add_resident(fake, Kind.BATCH)
     plain = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
@@ -123,7 +126,7 @@ def _follow_calls(twin: nn.Module, recorder: Recorder) -> None:
         def enter(
             _: nn.Module, args: Any, kwargs: Any, name: str = name, type_name: str = type_name
         ) -> None:
-            recorder.enter_call(name, type_name, (args, kwargs))
+            recorder.enter_call(name, type_name, args, kwargs)
 
         def leave(module: nn.Module, *_: Any) -> None:
             recorder.exit_call(v for k, v in vars(module).items() if not k.startswith("__"))

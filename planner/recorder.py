@@ -22,6 +22,7 @@ from memfit.planner._compat import (
     flops_of,
     storage_key,
 )
+from memfit.planner.caching import is_cache
 from memfit.planner.shadows import Shadows, UnknownValue, tensors_in
 from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, Storage
 
@@ -82,7 +83,7 @@ class _OpenCall:
     inputs: tuple[int, ...]
     stop: int = 0
     last_saved: int = 0
-    keeps_state: bool = False
+    state: str = ""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -187,21 +188,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- module calls ----------------------------------------------------------------------------
 
-    def enter_call(self, module: str, type_name: str, arguments: Any) -> None:
+    def enter_call(
+        self, module: str, type_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """A module's forward begins."""
         parent = self._stack[-1] if self._stack else -1
-        inputs = tuple(dict.fromkeys(self._storage_of(t) for t in tensors_in(arguments)))
+        inputs = tuple(dict.fromkeys(self._storage_of(t) for t in tensors_in((args, kwargs))))
+        call = _OpenCall(module, type_name, parent, len(self._ops), len(self._saved), inputs)
+        if any(map(is_cache, (*args, *kwargs.values()))):
+            call.state = "writes to a cache that it is given"
         self._stack.append(len(self._calls))
-        self._calls.append(
-            _OpenCall(module, type_name, parent, len(self._ops), len(self._saved), inputs)
-        )
+        self._calls.append(call)
 
     def exit_call(self, attributes: Iterable[Any] = ()) -> None:
         """The innermost module's forward ends; ``attributes`` are what the module then holds."""
         call = self._calls[self._stack.pop()]
         call.stop, call.last_saved = len(self._ops), len(self._saved)
         kept = (self._storages[self._storage_of(t)] for t in tensors_in(list(attributes)))
-        call.keeps_state = any(s.born >= call.start for s in kept)
+        if any(s.born >= call.start for s in kept):
+            call.state = "keeps a tensor of its forward in itself"
 
     def current_module(self) -> str:
         """FQN of the module whose forward runs; empty for the model itself."""
@@ -349,7 +354,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         calls = [
             Call(c.module, c.type_name, c.parent, c.start, c.stop,
-                 range(c.first_saved, c.last_saved), c.inputs, c.keeps_state)
+                 range(c.first_saved, c.last_saved), c.inputs, c.state)
             for c in self._calls
         ]  # fmt: skip
         return StepGraph(

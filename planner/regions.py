@@ -160,8 +160,8 @@ def _why_kept(step: StepGraph, call: int, times: int) -> str:
     if times > 1:
         return f"called {times} times in a step"
     for inner in step.calls:
-        if inner.keeps_state and record.start <= inner.start and inner.stop <= record.stop:
-            return f"{inner.module} keeps a tensor of its forward in itself"
+        if inner.state and record.start <= inner.start and inner.stop <= record.stop:
+            return f"{inner.module} {inner.state}"
     for index in range(record.start, record.stop):
         for storage in step.ops[index].written:
             if step.storages[storage].born < record.start:

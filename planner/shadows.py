@@ -16,6 +16,7 @@ from memfit.planner._compat import (
     FakeTensor,
     FakeTensorMode,
     real_execution,
+    run_fake,
     storage_key,
 )
 
@@ -60,7 +61,7 @@ class Shadows:
         known = known and all(self.get(t) is not None for t in tensors)
         known = known and torch.Tag.nondeterministic_seeded not in func.tags
         try:
-            out = func(*args, **kwargs)
+            out = run_fake(func, args, kwargs)
         except DATA_DEPENDENT_ERRORS as error:
             if not known:
                 raise UnknownValue(str(func)) from error

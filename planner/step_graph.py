@@ -90,8 +90,8 @@ class Call:
     """Indices of the tensors saved during the call."""
     inputs: tuple[int, ...]
     """Storages of its tensor arguments."""
-    keeps_state: bool = False
-    """The module has put a tensor that its forward made into itself."""
+    state: str = ""
+    """What the call leaves behind beside its results, in words; empty for most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -94,6 +95,23 @@ def test_capture_leaves_the_model_and_the_generators_as_they_were(
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     hook.remove()
+
+
+def test_a_model_that_changes_its_batch_does_not_change_ours() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x[:, numpy.random.randint(4)] = 0.0
+            y: torch.Tensor = self.linear(x)
+            return y.sum()
+
+    x, state = torch.ones(2, 4), numpy.random.get_state()[1]
+    capture(Masks(), (x,))
+    assert torch.equal(x, torch.ones(2, 4))
+    assert (numpy.random.get_state()[1] == state).all()
 
 
 def test_parameters_on_meta_and_of_any_size_take_no_memory() -> None:

@@ -126,7 +126,8 @@ def test_modules_that_share_an_input_are_no_chain() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             query: torch.Tensor = self.query(x)
-            return x + query * self.value(x)
+            value: torch.Tensor = self.value(x)
+            return x + query * value
 
     step = capture(Stack([Pair(), Pair()]), (torch.zeros(4, 16),))
     assert [r.name for r in find_regions(step)] == ["blocks.0", "blocks.1"]
