@@ -28,6 +28,7 @@ __all__ = [
     "TorchDispatchMode",
     "fake_tensors_look_real",
     "flops_of",
+    "function_caches_off",
     "new_fake",
     "real_execution",
     "run_fake",
@@ -72,11 +73,26 @@ def fake_tensors_look_real() -> Iterator[None]:
     execution drops are then built, and attention takes another kernel. Goes when transformers
     tells tracing from running on fake tensors.
     """
-    module = sys.modules.get("transformers.utils.import_utils")
-    if module is None:
+    imported = sys.modules.get("transformers.utils.import_utils")
+    if imported is None:
         yield
         return
-    with mock.patch.object(module, "is_fake_tensor", lambda _: False):
+    with mock.patch.object(imported, "is_fake_tensor", lambda _: False):
+        yield
+
+
+@contextmanager
+def function_caches_off() -> Iterator[None]:
+    """Keeps fake tensors out of the caches that transformers has on functions and classes.
+
+    ``compile_compatible_method_lru_cache`` steps aside only while dynamo compiles; a cached fake
+    tensor would turn up in the real model. Goes when the cache can be switched off.
+    """
+    imported = sys.modules.get("transformers.pytorch_utils")
+    if imported is None:
+        yield
+        return
+    with mock.patch.object(imported, "is_torchdynamo_compiling", lambda: True):
         yield
 
 

@@ -15,7 +15,12 @@ import numpy
 import torch
 from torch import nn
 
-from memfit.planner._compat import FakeTensorMode, fake_tensors_look_real, new_fake
+from memfit.planner._compat import (
+    FakeTensorMode,
+    fake_tensors_look_real,
+    function_caches_off,
+    new_fake,
+)
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import checkpointed_module, is_planned
 from memfit.planner.errors import CaptureError
@@ -54,6 +59,7 @@ def capture(
             torch.inference_mode(False),
             torch.enable_grad(),
             fake_tensors_look_real(),
+            function_caches_off(),
         ):
             twin = _fake_twin(model, mode, recorder)
             arguments = _fake_batch(batch, mode, recorder)
@@ -84,7 +90,13 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
             recorder.shadows.set(fake, tensor.detach().clone())
         memo[id(tensor)] = fake
         recorder.add_resident(fake, kind)
-    twin = copy.deepcopy(model, memo)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied for planning: {error}; take what cannot be "
+            "copied out of its attributes"
+        ) from error
     return twin if model.training else twin.train()
 
 
@@ -123,16 +135,49 @@ def _follow_calls(twin: nn.Module, recorder: Recorder) -> None:
     for name, module in twin.named_modules():
         type_name = type(module).__name__
 
+        watch = _Watch(module)
+
         def enter(
-            _: nn.Module, args: Any, kwargs: Any, name: str = name, type_name: str = type_name
+            _: nn.Module,
+            args: Any,
+            kwargs: Any,
+            name: str = name,
+            type_name: str = type_name,
+            watch: _Watch = watch,
         ) -> None:
+            watch.begin()
             recorder.enter_call(name, type_name, args, kwargs)
 
-        def leave(module: nn.Module, *_: Any) -> None:
-            recorder.exit_call(v for k, v in vars(module).items() if not k.startswith("__"))
+        def leave(module: nn.Module, *_: Any, watch: _Watch = watch) -> None:
+            recorder.exit_call(vars(module).values(), watch.changed())
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, prepend=True, always_call=True)
+
+
+class _Watch:
+    """Notices what a forward leaves behind that no tensor shows, so that it would not repeat."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before: list[tuple[Any, ...]] = []
+
+    def begin(self) -> None:
+        self._before.append(self._state())
+
+    def changed(self) -> str:
+        """What differs since the matching :meth:`begin`, in words."""
+        generators, attributes = self._before.pop()
+        if generators != self._state()[0]:
+            return "draws from the generator of Python or NumPy"
+        now = self._state()[1]
+        names = [name for name, value in attributes.items() if now.get(name) != value]
+        return f"changes its attribute {names[0]!r}" if names else ""
+
+    def _state(self) -> tuple[Any, ...]:
+        state: Any = numpy.random.get_state(legacy=True)
+        plain = {k: v for k, v in vars(self._module).items() if type(v) in (int, float, bool, str)}
+        return (hash(random.getstate()), int(state[2]), int(state[1][0])), plain
 
 
 def _run_step(
@@ -147,7 +192,7 @@ def _run_step(
     parameters = [p for p in twin.parameters() if p.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(mode)
-        update = optimizer.ready(twin, recorder) if optimizer is not None else None
+        update = optimizer.ready(twin, recorder) if optimizer else None
         for context in (recorder, *modes):
             stack.enter_context(context)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
@@ -161,9 +206,9 @@ def _run_step(
         for parameter in parameters:
             if parameter.grad is not None:
                 recorder.set_kind(parameter.grad, Kind.GRADIENT)
-        if update is not None:
+        if optimizer and update:
             recorder.phase = Phase.OPTIMIZER
-            update.step()
+            optimizer.run(update)
 
 
 def _forward(twin: nn.Module, batch: BatchArguments) -> Any:
@@ -207,6 +252,10 @@ def loss_of(outputs: Any, model: nn.Module) -> torch.Tensor:
         loss = outputs.get("loss")
     elif isinstance(outputs, (tuple, list)) and outputs:
         loss = outputs[0]
+    if not any(p.requires_grad for p in model.parameters()):
+        raise CaptureError(
+            f"{type(model).__name__} has no parameter that trains; set requires_grad on what should"
+        )
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise CaptureError(
             f"{type(model).__name__} returned no loss to train on; give the batch its labels"

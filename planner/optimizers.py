@@ -50,15 +50,32 @@ class OptimizerFactory:
             groups = [
                 {**options, "params": [named[n] for n in names]} for names, options in self.groups
             ]
-        update = self.make(groups)
+        try:
+            update = self.make(groups)
+        except (TypeError, ValueError) as error:
+            raise OptimizerError(
+                f"{self.name} cannot be made anew for planning: {error}"
+            ) from error
         parameters = [p for group in update.param_groups for p in group["params"]]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        update.step()
+        self.run(update)
         update.zero_grad(set_to_none=True)
         for tensor in _state_tensors(update):
             recorder.add_resident(tensor, Kind.OPTIMIZER)
         return update
+
+    def run(self, update: torch.optim.Optimizer) -> None:
+        """One step; :class:`OptimizerError` when it cannot run on fake tensors."""
+        try:
+            update.step()
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise OptimizerError(
+                f"a step of {self.name} cannot be captured: {type(error).__name__}: "
+                f"{text[0] if text else 'no message'}; plan with a named optimizer of the same "
+                f"state, such as {', '.join(_NAMED)}"
+            ) from error
 
 
 def optimizer_factory(
@@ -73,6 +90,11 @@ def optimizer_factory(
         return None
     if isinstance(optimizer, str):
         return _named(optimizer, foreach)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(
+            f"optimizer is {optimizer!r}; pass a name ({', '.join(_NAMED)}) or a "
+            "torch.optim.Optimizer over the model's parameters"
+        )
     return _like(optimizer, model, foreach)
 
 

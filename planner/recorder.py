@@ -200,13 +200,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack.append(len(self._calls))
         self._calls.append(call)
 
-    def exit_call(self, attributes: Iterable[Any] = ()) -> None:
-        """The innermost module's forward ends; ``attributes`` are what the module then holds."""
+    def exit_call(self, attributes: Iterable[Any] = (), changed: str = "") -> None:
+        """The innermost module's forward ends.
+
+        ``attributes`` are what the module then holds, ``changed`` what it left behind, in words.
+        """
         call = self._calls[self._stack.pop()]
         call.stop, call.last_saved = len(self._ops), len(self._saved)
         kept = (self._storages[self._storage_of(t)] for t in tensors_in(list(attributes)))
         if any(s.born >= call.start for s in kept):
             call.state = "keeps a tensor of its forward in itself"
+        call.state = call.state or changed
 
     def current_module(self) -> str:
         """FQN of the module whose forward runs; empty for the model itself."""
@@ -249,6 +253,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hold_numbers(func, args, index)
         elif self.phase is Phase.BACKWARD and func is _aten.add.Tensor:
             self._add_gradients(arguments, index)
+        if self._stack and any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+            self._calls[self._stack[-1]].state = "draws from a generator of its own"
         written = _written(func, args, kwargs)
         self._ops.append(
             Op(
@@ -274,10 +280,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp).
         A sum that a node makes itself is told apart by the saved tensors that the node still uses.
         """
-        if not self._in_use:
-            for tensor in summands:
-                if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
-                    self._summands.append((self._storage_of(tensor), index))
+        if self._in_use:
+            return
+        for tensor in summands:
+            storage = self._storage_of(tensor)
+            size = tensor.numel() * tensor.element_size()
+            made = self._node_of(tensor).meta.get("op") == self._storages[storage].born
+            if made and self._storages[storage].size_bytes == size:
+                self._summands.append((storage, index))
 
     def _hold_numbers(self, func: Any, args: tuple[Any, ...], index: int) -> None:
         """Python numbers in place of tensors: autograd saves each as a tensor that no hook sees."""
@@ -374,7 +384,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         saved = {s.storage for s in self._saved}
         done: set[int] = set()
         for storage, index in self._summands:
-            if index in done or storage in saved or self._storages[storage].kind.resident:
+            of_parameter = self._storages[self._ops[index].outputs[0]].kind is Kind.GRADIENT
+            if index in done or storage in saved or of_parameter:
                 continue
             if released[storage] == index + 1:
                 released[storage] = index

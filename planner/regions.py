@@ -156,6 +156,7 @@ def freed_bytes(step: StepGraph, call: int) -> int:
 
 
 def _why_kept(step: StepGraph, call: int, times: int) -> str:
+    """Why running a call a second time in the backward would not repeat it; empty if it would."""
     record = step.calls[call]
     if times > 1:
         return f"called {times} times in a step"
@@ -167,6 +168,19 @@ def _why_kept(step: StepGraph, call: int, times: int) -> str:
             if step.storages[storage].born < record.start:
                 kind = step.storages[storage].kind.value
                 return f"{step.ops[index].name} changes a {kind} from outside in place"
+    return _changed_later(step, call)
+
+
+def _changed_later(step: StepGraph, call: int) -> str:
+    """Says if a tensor that a call reads is changed in place in the forward after it."""
+    record = step.calls[call]
+    ops = step.ops[record.start : record.stop]
+    read = {s for op in ops for s in op.inputs if step.storages[s].born < record.start}
+    for op in step.ops[record.stop :]:
+        if op.phase is not Phase.FORWARD:
+            return ""
+        if not read.isdisjoint(op.written):
+            return f"{op.name} changes in place what the region reads, after it"
     return ""
 
 
