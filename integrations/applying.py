@@ -38,8 +38,18 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
     changes nothing, when the plan was made for another model, or when checkpointing is already
     switched on.
     """
+    if not isinstance(plan, Plan) or not isinstance(model, nn.Module):
+        raise TypeError(
+            f"apply() takes a plan and a model, got a {type(plan).__name__} and a "
+            f"{type(model).__name__}"
+        )
     _refuse_other_models(plan, model)
     _refuse_other_checkpointing(model)
+    if unknown := [r for r in plan.regions if r.action not in ("keep", "checkpoint")]:
+        raise ApplyError(
+            f"the plan runs {unknown[0].name} as {unknown[0].action!r}, which this memfit cannot "
+            "do; apply it with the memfit that made it, or make a plan with this one"
+        )
     modules = {r.name: _submodule(model, r.name) for r in plan.regions}
     applied = AppliedPlan(plan, model)
     for region in plan.regions:
@@ -96,7 +106,6 @@ class CheckpointedForward:
 
     def __init__(self, module: nn.Module, shadowed: Callable[..., Any] | None) -> None:
         self._module = weakref.ref(module)
-        setattr(self, PLANNED_MARKER, True)
         self._shadowed = shadowed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +146,7 @@ class _Guard:
     """Runs before each forward of the model: notices checkpointing that was switched on later."""
 
     def __init__(self, model: nn.Module) -> None:
+        setattr(self, PLANNED_MARKER, True)
         # Names, not modules: a hook that holds its model would keep it from being freed.
         self._switches = tuple(
             name for name, m in model.named_modules() if hasattr(m, "gradient_checkpointing")

@@ -6,6 +6,7 @@ What could mean either is refused, because the two differ by 7 %. Depends on the
 
 import re
 from decimal import Decimal
+from numbers import Integral
 
 from memfit.planner.errors import MemfitError
 
@@ -31,9 +32,10 @@ def parse_budget(value: int | str) -> int:
     """Bytes of a budget such as ``25769803776``, ``"24GiB"``, ``"24 GB"`` or ``"1.5TiB"``."""
     if isinstance(value, str):
         budget_bytes = _parse_text(value)
-    # bool is an int in Python; a budget of True is a mistake, not one byte.
-    elif isinstance(value, int) and not isinstance(value, bool):
-        budget_bytes = value
+    # bool is an int in Python; a budget of True is a mistake, not one byte. NumPy's integers are
+    # integers that are not ints.
+    elif isinstance(value, Integral) and not isinstance(value, bool):
+        budget_bytes = int(value)
     else:
         raise _refusal(value, f"it is a {type(value).__name__}, not an int or a string")
     if budget_bytes <= 0:

@@ -7,7 +7,7 @@ Depends on torch.
 
 from torch import nn
 
-# Set on the object that memfit puts in place of a module's forward.
+# Set on the hook that memfit puts on a planned model.
 PLANNED_MARKER = "_memfit_planned"
 
 
@@ -21,4 +21,4 @@ def checkpointed_module(model: nn.Module) -> str | None:
 
 def is_planned(model: nn.Module) -> bool:
     """Whether a memfit plan is applied to the model."""
-    return any(hasattr(m.__dict__.get("forward"), PLANNED_MARKER) for m in model.modules())
+    return any(hasattr(h, PLANNED_MARKER) for h in model._forward_pre_hooks.values())

@@ -16,6 +16,7 @@ from typing import Any
 from memfit.planner.errors import PlanError
 
 SCHEMA = "memfit.plan/1"
+ACTIONS = ("keep", "checkpoint", "selective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,13 @@ class Plan:
                 f"{source} has schema {schema!r}, this memfit reads {SCHEMA!r}; make the plan "
                 "again with `memfit plan`"
             )
-        plan = _decode(cls, value, "$", source)
-        assert isinstance(plan, cls)
+        plan: Plan = _decode(cls, value, "$", source)
+        for index, region in enumerate(plan.regions):
+            if region.action not in ACTIONS:
+                raise PlanError(
+                    f"{source} is not a plan: $.regions[{index}].action is {region.action!r}, "
+                    f"known are {', '.join(ACTIONS)}"
+                )
         return plan
 
 

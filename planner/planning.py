@@ -83,6 +83,7 @@ def plan(
     CaptureError, BudgetError, DeviceError, OptimizerError
         For arguments that cannot be planned, naming the way out.
     """
+    _check_types(model, batch, device)
     say = progress or (lambda _: None)
     target = find_target(model, device)
     budget_bytes = free_bytes(target) if budget == "auto" else parse_budget(budget)
@@ -188,6 +189,21 @@ def _baseline(outcome: Outcome, unplanned_seconds: float) -> document.Baseline:
         outcome.timeline.peak_bytes,
         _share(solution.recompute_seconds, unplanned_seconds),
     )
+
+
+def _check_types(model: object, batch: object, device: object) -> None:
+    """Names what cannot be planned before anything is tried with it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {model!r:.80}; pass a torch.nn.Module, such as a transformers model"
+        )
+    if not isinstance(batch, (Mapping, tuple, list, Batch, type(None))):
+        raise TypeError(
+            f"batch is a {type(batch).__name__}; pass what the model is called with as a dict or a "
+            "tuple, or Batch(size=8, length=2048)"
+        )
+    if not isinstance(device, (str, type(None))):
+        raise TypeError(f"device is {device!r}; pass a name, such as 'cpu', 'cuda' or 'h100'")
 
 
 def _arguments(

@@ -85,11 +85,12 @@ def saved_holds(step: StepGraph, saved: range | tuple[int, ...]) -> dict[int, in
 
 
 def _copies(step: StepGraph, region: Region, ops: range) -> tuple[Copy, ...]:
-    uses = {
-        storage: until
-        for storage, until in saved_holds(step, region.saved).items()
-        if until > region.backward_start
-    }
+    uses: dict[int, int] = {}
+    for saved in (step.saved[i] for i in region.saved):
+        # Asking for a recomputed tensor takes it out of the frame; one never asked for stays there.
+        until = saved.released if saved.unpacked is None else saved.used_until
+        if until > region.backward_start:
+            uses[saved.storage] = max(uses.get(saved.storage, 0), until)
     copies = []
     born = {s for i in ops for s in step.ops[i].outputs if step.storages[s].born == i}
     for index in sorted(born):

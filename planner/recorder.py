@@ -27,6 +27,7 @@ from memfit.planner.shadows import Shadows, UnknownValue, tensors_in
 from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, Storage
 
 _aten = torch.ops.aten
+_SAVE_NUMBERS = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
 # Size of the float64 or int64 tensor that wraps a Python number.
 _NUMBER_BYTES = 8
 _PLAIN = (
@@ -249,8 +250,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
         outputs = tuple(self._bind(t, index) for t in results)
         self._name_results(node, out)
-        if self.phase is Phase.FORWARD and torch.is_grad_enabled():
-            self._hold_numbers(func, args, index)
+        if func in _SAVE_NUMBERS and torch.is_grad_enabled():
+            self._hold_numbers(args, index)
         elif self.phase is Phase.BACKWARD and func is _aten.add.Tensor:
             self._add_gradients(arguments, index)
         if self._stack and any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
@@ -289,12 +290,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if made and self._storages[storage].size_bytes == size:
                 self._summands.append((storage, index))
 
-    def _hold_numbers(self, func: Any, args: tuple[Any, ...], index: int) -> None:
-        """Python numbers in place of tensors: autograd saves each as a tensor that no hook sees."""
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if type(value) in (int, float) and isinstance(argument.type, torch.TensorType):
-                self._numbers.append(len(self._storages))
-                self._storages.append(_OpenStorage(_NUMBER_BYTES, Kind.ACTIVATION, index))
+    def _hold_numbers(self, args: tuple[Any, ...], index: int) -> None:
+        """A Python number as a factor: autograd saves it as a tensor that no hook sees."""
+        factors = [a for a in args if type(a) in (int, float)]
+        if factors and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            self._numbers.append(len(self._storages))
+            self._storages.append(_OpenStorage(_NUMBER_BYTES, Kind.ACTIVATION, index))
 
     def _bind(self, tensor: torch.Tensor, born: int) -> int:
         index = self._live.get(storage_key(tensor))

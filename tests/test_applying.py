@@ -187,6 +187,23 @@ def test_a_region_that_the_model_lacks_changes_nothing(make: Callable[..., Any])
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_an_action_that_cannot_be_done_is_refused(make: Callable[..., Any]) -> None:
+    model, batch = make("bert", layers=1)
+    p = plan(model, 1 << 40, batch)
+    later = replace(p, regions=tuple(replace(r, action="selective") for r in p.regions))
+    with pytest.raises(ApplyError, match="as 'selective', which this memfit cannot do"):
+        apply(later, model)
+    with pytest.raises(TypeError, match="takes a plan and a model"):
+        apply(model, p)  # type: ignore[arg-type]
+
+
+def test_applying_a_plan_that_keeps_all_twice_is_refused(make: Callable[..., Any]) -> None:
+    model, batch = make("bert", layers=1)
+    p = plan(model, 1 << 40, batch)
+    with apply(p, model), pytest.raises(ApplyError, match=r"remove\(\)"):
+        apply(p, model)
+
+
 def test_applying_or_planning_twice_is_refused(make: Callable[..., Any]) -> None:
     model, batch = make("bert")
     p = tight(model, batch)

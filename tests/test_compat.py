@@ -47,6 +47,29 @@ def test_fake_tensors_look_real_to_transformers_for_a_while() -> None:
     assert import_utils.is_tracing(fake)
 
 
+def test_caches_on_functions_of_transformers_get_no_fake_tensors() -> None:
+    from transformers.pytorch_utils import compile_compatible_method_lru_cache
+
+    calls = []
+
+    @compile_compatible_method_lru_cache(maxsize=2)  # type: ignore[untyped-decorator]
+    def cached() -> int:
+        calls.append(1)
+        return len(calls)
+
+    with _compat.function_caches_off():
+        assert (cached(), cached()) == (1, 2)
+    assert (cached(), cached()) == (3, 3)
+
+
+def test_grouped_products_run_on_fake_tensors_of_any_dtype() -> None:
+    func = torch.ops.aten._grouped_mm.default
+    with _compat.FakeTensorMode():
+        a, b = torch.zeros(16, 8), torch.zeros(2, 8, 8)
+        out = _compat.run_fake(func, (a, b, torch.zeros(2, dtype=torch.int32)), {})
+    assert (out.shape, out.dtype) == ((16, 8), torch.float32)
+
+
 def test_flops_of_cpu_attention_are_those_of_its_two_products() -> None:
     q = torch.zeros(2, 4, 16, 8)
     func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

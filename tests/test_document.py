@@ -77,6 +77,10 @@ def test_attributes_are_named_as_the_keys() -> None:
         (lambda v: v | {"budget_bytes": "1000"}, r'\$\.budget_bytes is "1000", expected int'),
         (lambda v: v | {"budget_bytes": True}, r"\$\.budget_bytes is true, expected int"),
         (lambda v: v | {"regions": [{"name": "a.0"}]}, r"\$\.regions\[0\]\.action is missing"),
+        (
+            lambda v: v | {"regions": [v["regions"][0] | {"action": "recompute"}]},
+            r"\$\.regions\[0\]\.action is 'recompute', known are keep",
+        ),
         (lambda v: v | {"model": []}, r"\$\.model is not an object"),
         (lambda v: [v], "has schema None"),
     ],

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from memfit.planner import Batch, InfeasibleBudget, Plan, plan
 from memfit.planner.devices import DeviceError
 from memfit.planner.optimizers import OptimizerError
-from memfit.planner.solving import Task
 from memfit.solvers import SOLVERS, Solution
 
 
@@ -177,7 +177,21 @@ def test_wrong_arguments_name_the_way_out(make: Callable[..., Any]) -> None:
         plan(model, 1 << 40, batch, optimizer=torch.optim.SGD(other.parameters()))
 
 
-def test_solving_names_no_regions_when_there_are_none() -> None:
+def test_arguments_of_wrong_types_are_named(make: Callable[..., Any]) -> None:
+    model, batch = make("bert", layers=1)
+    with pytest.raises(TypeError, match=r"model is 'bert'; pass a torch.nn.Module"):
+        plan("bert", 1 << 40, batch)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch is a Tensor"):
+        plan(model, 1 << 40, torch.ones(1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="device is 7"):
+        plan(model, 1 << 40, batch, device=7)  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match="pass a name"):
+        plan(model, 1 << 40, batch, optimizer=torch.optim.AdamW)  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match="Adafactor cannot be captured"):
+        plan(model, 1 << 40, batch, optimizer=torch.optim.Adafactor(model.parameters()))
+    assert plan(model, numpy.int64(1 << 40), batch).budget_bytes == 1 << 40  # type: ignore[arg-type]
+
+
+def test_a_model_without_blocks_has_no_regions() -> None:
     p = plan(torch.nn.Linear(4, 1), 1 << 30, (torch.ones(1, 4),))
     assert p.regions == () and p.predicted.peak_bytes > 0
-    assert Task.__doc__

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -154,3 +155,54 @@ def test_a_block_that_keeps_a_tensor_in_itself_is_kept_and_says_why() -> None:
     assert [r.kept_because for r in find_regions(step)] == [
         f"blocks.{i} keeps a tensor of its forward in itself" for i in range(2)
     ]
+
+
+def test_blocks_that_would_not_repeat_are_kept_and_say_why() -> None:
+    class Draws(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * numpy.random.rand()
+
+    class Generates(Block):
+        generator = torch.Generator()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * torch.rand(16, generator=self.generator)
+
+    class Counts(Block):
+        times = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.times += 1
+            return super().forward(x)
+
+    reasons = {
+        Draws: "draws from the generator of Python or NumPy",
+        Generates: "draws from a generator of its own",
+        Counts: "changes its attribute 'times'",
+    }
+    for block, reason in reasons.items():
+        step = capture(Stack([block(nn.LayerNorm(16)) for _ in range(2)]), (torch.zeros(4, 16),))
+        assert [r.kept_because for r in find_regions(step)] == [
+            f"blocks.{i} {reason}" for i in range(2)
+        ]
+
+
+def test_blocks_whose_input_is_changed_later_are_kept_and_say_why() -> None:
+    class Masked(Block):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x) * mask
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Masked(nn.LayerNorm(16)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = torch.ones(16)
+            for block in self.blocks:
+                x = block(x, mask=mask)
+            mask.zero_()
+            return x.sum()
+
+    regions = find_regions(capture(Outer(), (torch.zeros(4, 16),)))
+    assert all("changes in place what the region reads" in r.kept_because for r in regions)
