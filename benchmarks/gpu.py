@@ -1,7 +1,6 @@
 """The tables of truth.py and frontier.py on a CUDA device, with models of the size people train.
 
-    python benchmarks/gpu.py --part truth
-    python benchmarks/gpu.py --part frontier
+    python benchmarks/gpu.py [--part truth|frontier]
 
 Needs torch, transformers, pulp and highspy, and no installation: memfit is imported from this
 repository. All of it takes some minutes; 80 GiB are enough. Exit code 1 as in those scripts, 2
@@ -42,6 +41,11 @@ def main() -> int:
             "There is no CUDA device here; nothing was measured (--device cpu --tiny is a dry run)."
         )
         return 2
+    parts = (arguments.part,) if arguments.part else tuple(_PARTS)
+    return max(_run(argparse.Namespace(**vars(arguments) | {"part": part})) for part in parts)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     run = _run_truth if arguments.part == "truth" else _run_frontier
     code, records = run(arguments)
@@ -102,7 +106,7 @@ def _in_this_process(measure: processes.Measure, request: processes.Request) -> 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=tuple(_PARTS), required=True)
+    parser.add_argument("--part", choices=tuple(_PARTS), help="one of the tables only")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models; times mean nothing")
