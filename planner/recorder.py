@@ -46,10 +46,11 @@ _PLAIN = (
 class _Handle:
     """Stands for a saved tensor in autograd's graph."""
 
-    __slots__ = ("__weakref__", "device", "dtype", "index", "shape", "stride")
+    __slots__ = ("__weakref__", "device", "dtype", "index", "node", "shape", "stride")
 
     def __init__(self, index: int, tensor: torch.Tensor) -> None:
         self.index = index
+        self.node: fx.Node | None = getattr(tensor, "_memfit_node", None)
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.dtype = tensor.dtype
@@ -95,7 +96,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shadows = Shadows(mode)
         self.phase = Phase.FORWARD
         self.graph = fx.Graph()
-        self._mode = mode
         self._ops: list[Op] = []
         self._storages: list[_OpenStorage] = []
         self._saved: list[_OpenSaved] = []
@@ -173,6 +173,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         finally:
             self._paused = False
+        if handle.node is not None:
+            tensor._memfit_node = handle.node  # type: ignore[attr-defined]
         self._watch_use(tensor, saved)
         return tensor
 
@@ -295,7 +297,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         factors = [a for a in args if type(a) in (int, float)]
         if factors and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             self._numbers.append(len(self._storages))
-            self._storages.append(_OpenStorage(_NUMBER_BYTES, Kind.ACTIVATION, index))
+            self._storages.append(_OpenStorage(_NUMBER_BYTES, Kind.NUMBER, index))
 
     def _bind(self, tensor: torch.Tensor, born: int) -> int:
         index = self._live.get(storage_key(tensor))

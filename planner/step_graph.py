@@ -32,6 +32,7 @@ class Kind(Enum):
     WORKSPACE = "library workspace"
     GRADIENT = "gradient"
     ACTIVATION = "activation"
+    NUMBER = "Python number"
 
     @property
     def resident(self) -> bool:
@@ -39,7 +40,7 @@ class Kind(Enum):
         return self in _RESIDENT
 
 
-_RESIDENT = frozenset(Kind) - {Kind.GRADIENT, Kind.ACTIVATION}
+_RESIDENT = frozenset(Kind) - {Kind.GRADIENT, Kind.ACTIVATION, Kind.NUMBER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +144,19 @@ class StepGraph:
         """Seconds of the step when nothing is recomputed."""
         return sum(op.seconds for op in self.ops)
 
-    def with_workspace(self, size_bytes: int) -> "StepGraph":
-        """The step beside memory that a library took for itself in an earlier one."""
+    def beside_workspace(self, size_bytes: int) -> "StepGraph":
+        """The step on a GPU whose libraries took ``size_bytes`` for themselves in an earlier one.
+
+        Python numbers, and the step counts of optimizers, stay in host memory.
+        """
         workspace = Storage(size_bytes, Kind.WORKSPACE, -1, len(self.ops))
-        return replace(self, storages=(*self.storages, workspace)) if size_bytes else self
+        own = (
+            replace(s, size_bytes=0)
+            if s.kind is Kind.NUMBER or (s.kind is Kind.OPTIMIZER and s.size_bytes <= 8)
+            else s
+            for s in self.storages
+        )
+        return replace(self, storages=(*own, workspace))
 
     def format(self) -> str:
         """The graph as text, one op a line: storages as ``%3``, results before the op's name."""

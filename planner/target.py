@@ -46,7 +46,7 @@ class Target:
         """
         if self.device.kind == "cpu":
             return with_cpu_workspace(step)
-        return step.with_workspace(2 * self.device.workspace_bytes)
+        return step.beside_workspace(2 * self.device.workspace_bytes)
 
     def present(self) -> torch.device:
         """The device itself, to measure on; :class:`DeviceError` when it is not this machine's."""

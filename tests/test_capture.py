@@ -37,6 +37,8 @@ def test_graph_reads_as_the_golden_file() -> None:
     nodes = [n for n in step.graph.nodes if n.op == "call_function" and "op" in n.meta]
     assert {n.meta["op"] for n in nodes} == set(range(len(step.ops)))
     step.graph.lint()
+    backward = next(n for n in nodes if str(n.target) == "aten.gelu_backward.default")
+    assert str(backward.args[1].target) == "aten.mm.default", "saved tensors keep their node"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
