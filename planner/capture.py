@@ -87,7 +87,7 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         elif tensor.device.type == "cpu":
-            recorder.shadows.set(fake, tensor.detach().clone())
+            recorder.shadows.set(fake, tensor)
         memo[id(tensor)] = fake
         recorder.add_resident(fake, kind)
     try:
@@ -121,7 +121,7 @@ def _fake_batch(batch: BatchArguments, mode: FakeTensorMode, recorder: Recorder)
         if id(tensor) not in memo:
             fake = _fake(tensor.detach(), mode).requires_grad_(tensor.requires_grad)
             if not fake.requires_grad:
-                recorder.shadows.set(fake, tensor.detach().clone())
+                recorder.shadows.set(fake, tensor)
             memo[id(tensor)] = fake
             recorder.add_resident(fake, Kind.BATCH)
     plain = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
@@ -133,9 +133,7 @@ def _follow_calls(twin: nn.Module, recorder: Recorder) -> None:
     for module in caching_modules(twin):
         module.register_forward_pre_hook(without_cache, with_kwargs=True)
     for name, module in twin.named_modules():
-        type_name = type(module).__name__
-
-        watch = _Watch(module)
+        type_name, watch = type(module).__name__, _Watch(module)
 
         def enter(
             _: nn.Module,

@@ -38,9 +38,9 @@ class Shadows:
         self._stale: set[int] = set()
 
     def set(self, fake: torch.Tensor, value: torch.Tensor) -> None:
-        """Gives ``fake`` a real value; large tensors and floating point parameters go without."""
+        """Gives ``fake`` a copy of a real value; large tensors go without."""
         if value.numel() <= MAX_ELEMENTS and value.device.type == "cpu":
-            fake._memfit_shadow = value  # type: ignore[attr-defined]
+            fake._memfit_shadow = value.detach().clone()  # type: ignore[attr-defined]
 
     def get(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The real value of ``tensor``, or None."""

@@ -1,0 +1,36 @@
+"""What the README shows works as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from memfit.integrations.cli import main
+from memfit.planner import Plan
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_python_example_keeps_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    plan = Plan.load("plan.json")
+    assert plan == names["p"]
+    assert {region.action for region in plan.regions} == {"keep", "checkpoint"}
+    assert plan.predicted.peak_bytes <= plan.budget_bytes
+
+
+def test_the_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    memfit (.+)$", README, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        words = shlex.split(command.split(">")[0])
+        assert main(words) == 0, capsys.readouterr().err
