@@ -23,6 +23,7 @@ from memfit.planner._compat import (
     storage_key,
 )
 from memfit.planner.caching import is_cache
+from memfit.planner.op_facts import signature, work_dtype, written_tensors
 from memfit.planner.shadows import Shadows, UnknownValue, tensors_in
 from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, Storage
 
@@ -258,18 +259,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add_gradients(arguments, index)
         if self._stack and any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             self._calls[self._stack[-1]].state = "draws from a generator of its own"
-        written = _written(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
         self._ops.append(
             Op(
                 name=str(func),
                 phase=self.phase,
                 call=self._stack[-1] if self._stack else -1,
-                signature=_signature(func, args, kwargs),
+                signature=signature(func, args, kwargs),
                 inputs=inputs,
                 outputs=outputs,
                 written=tuple(self._storage_of(t) for t in written),
                 random=torch.Tag.nondeterministic_seeded in func.tags,
-                dtype=_work_dtype((*results, *arguments)),
+                dtype=work_dtype((*results, *arguments)),
                 flops=flops_of(func, args, kwargs, out),
                 moved_bytes=0
                 if set(outputs) <= set(inputs) and not written
@@ -393,36 +394,3 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if released[storage] == index + 1:
                 released[storage] = index
                 done.add(index)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    if not func._schema.is_mutable:
-        return []
-    written: list[torch.Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written.extend(tensors_in(value))
-    return written
-
-
-def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    parts = [_describe_argument(a) for a in args]
-    parts += [f"{name}={_describe_argument(value)}" for name, value in kwargs.items()]
-    return f"{func}({', '.join(parts)})"
-
-
-def _describe_argument(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"{dtype}{list(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_describe_argument(v) for v in value)}]"
-    return repr(value)
-
-
-def _work_dtype(tensors: Iterable[torch.Tensor]) -> str:
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            return str(tensor.dtype).removeprefix("torch.")
-    return ""
