@@ -168,8 +168,12 @@ class _Watch:
         generators, attributes = self._before.pop()
         if generators != self._state()[0]:
             return "draws from the generator of Python or NumPy"
-        now = self._state()[1]
-        names = [name for name, value in attributes.items() if now.get(name) != value]
+        cls = type(self._module)
+        names = [
+            name
+            for name, value in self._state()[1].items()
+            if attributes.get(name, getattr(cls, name, value)) != value
+        ]
         return f"changes its attribute {names[0]!r}" if names else ""
 
     def _state(self) -> tuple[Any, ...]:
