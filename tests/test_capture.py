@@ -167,6 +167,18 @@ def test_kept_outputs_live_through_the_backward(make: Callable[..., Any]) -> Non
     assert ends[1] == ends[0] + 1
 
 
+def test_gradient_sums_are_in_place_but_for_those_of_tied_weights(make: Callable[..., Any]) -> None:
+    model, batch = make("gpt2")
+    step = capture(model, batch)
+    alive: dict[Kind, set[int]] = {Kind.GRADIENT: set(), Kind.ACTIVATION: set()}
+    for index, op in enumerate(step.ops):
+        if op.phase is Phase.BACKWARD and op.name == "aten.add.Tensor" and len(op.inputs) == 2:
+            beside = sum(step.storages[s].released > index for s in op.inputs)
+            alive[step.storages[op.outputs[0]].kind].add(beside)
+    assert alive[Kind.GRADIENT] == {2}, "both parts of a tied gradient are alive beside the sum"
+    assert 1 in alive[Kind.ACTIVATION], "one part of a residual's gradient becomes the sum"
+
+
 def test_frozen_parameters_get_no_gradient(make: Callable[..., Any]) -> None:
     model, batch = make("vit")
     model.vit.requires_grad_(False)
