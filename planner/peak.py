@@ -44,6 +44,8 @@ def _where(step: StepGraph, regions: Sequence[Region], op: int) -> str:
         start, stop = spans[phase]
         if start <= op < stop:
             return f"{phase.value} of {region.name}"
+    if phase is Phase.BACKWARD and regions and op >= max(r.backward_stop for r in regions):
+        return "end of the backward"
     module = _module(step, op)
     return f"{phase.value} of {module}" if module else f"{phase.value} of the loss"
 

@@ -90,7 +90,8 @@ class Task:
 
     def _infeasible(self, solver: str, minimum_bytes: int) -> InfeasibleBudget:
         budget = self.problem.budget_bytes
-        smallest = f"{format_bytes(minimum_bytes)} ({minimum_bytes} bytes)"
+        # Rounded up, so that it can be typed back as it stands.
+        smallest = f"{-(-minimum_bytes // 2**20)} MiB ({minimum_bytes} bytes)"
         way_out = "Raise the budget, or make the batch smaller or shorter."
         if solver == "ilp":
             what = f"no plan keeps this step within {format_bytes(budget)} ({budget} bytes); the "
