@@ -23,7 +23,7 @@ from memfit.planner._compat import (
 )
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import checkpointed_module, is_planned
-from memfit.planner.errors import CaptureError
+from memfit.planner.errors import CaptureError, first_line
 from memfit.planner.optimizers import OptimizerFactory
 from memfit.planner.recorder import Recorder
 from memfit.planner.shadows import UnknownValue, tensors_in
@@ -225,10 +225,9 @@ def _forward(twin: nn.Module, batch: BatchArguments) -> Any:
             for name, value in named
             for t in tensors_in(value)
         ]
-        text = str(error).strip().splitlines()
         raise CaptureError(
             f"{type(twin).__name__} refused the batch ({', '.join(shapes)}): "
-            f"{type(error).__name__}: {text[0] if text else 'no message'}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 

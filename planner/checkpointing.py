@@ -1,7 +1,8 @@
 """Notices activation checkpointing that is at work in a model already, memfit's own or another's.
 
 A step that recomputes cannot be captured as the step without a plan, and a plan on top of it would
-recompute twice. Modules of transformers say so by an attribute; memfit's forward by a marker.
+recompute twice. Modules of transformers say so by an attribute; a model that is planned
+has a hook with a marker.
 Depends on torch.
 """
 

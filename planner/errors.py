@@ -5,6 +5,12 @@ class MemfitError(Exception):
     """Base of all errors that memfit raises on purpose."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
 class CaptureError(MemfitError, RuntimeError):
     """The training step of a model could not be recorded."""
 

@@ -22,7 +22,7 @@ def measured_seconds(step: StepGraph, device: torch.device) -> dict[str, float]:
 
     The fastest of a few runs counts: what else the machine does only ever adds.
     """
-    nodes = {node.meta["op"]: node for node in reversed(step.graph.nodes) if "op" in node.meta}
+    nodes = step.nodes()
     seconds: dict[str, float] = {}
     with torch.random.fork_rng(), torch.no_grad():
         for index, op in enumerate(step.ops):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.planner.errors import MemfitError
+from memfit.planner.errors import MemfitError, first_line
 from memfit.planner.recorder import Recorder
 from memfit.planner.shadows import tensors_in
 from memfit.planner.step_graph import Kind
@@ -70,10 +70,9 @@ class OptimizerFactory:
         try:
             update.step()
         except Exception as error:
-            text = str(error).strip().splitlines()
             raise OptimizerError(
                 f"a step of {self.name} cannot be captured: {type(error).__name__}: "
-                f"{text[0] if text else 'no message'}; plan with a named optimizer of the same "
+                f"{first_line(error)}; plan with a named optimizer of the same "
                 f"state, such as {', '.join(_NAMED)}"
             ) from error
 

@@ -4,8 +4,7 @@ moment.
 A region's own forward and backward are moments, and so is each stretch of the step between them.
 The bytes of a storage go to the base of a moment when it is alive whatever is chosen, to an option
 when one region decides about it, and to a shared tensor when several do. Depends on the step's
-records, on
-``recompute`` for what an option does, and on the solver's records.
+records, on ``recompute`` for what an option does, and on the solver's records.
 """
 
 from collections import defaultdict

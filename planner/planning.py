@@ -56,9 +56,8 @@ def plan(
         ``"auto"``: what the GPU has free, less a margin of 5 %.
     batch
         What the model is called with, labels included (a dict or tuple of tensors, real or meta),
-        or
-        ``Batch(size=8, length=2048)``. Left out, a batch is made from the config and named in the
-        plan.
+        or ``Batch(size=8, length=2048)``. Left out, a batch is made from the config and named in
+        the plan.
     optimizer
         ``None`` (forward and backward only), a name such as ``"adamw"``, or the optimizer itself.
     device

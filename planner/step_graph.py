@@ -144,6 +144,10 @@ class StepGraph:
         """Seconds of the step when nothing is recomputed."""
         return sum(op.seconds for op in self.ops)
 
+    def nodes(self) -> dict[int, fx.Node]:
+        """The fx node of each op, by the op's index."""
+        return {n.meta["op"]: n for n in reversed(self.graph.nodes) if "op" in n.meta}
+
     def beside_workspace(self, size_bytes: int) -> "StepGraph":
         """The step on a GPU whose libraries took ``size_bytes`` for themselves in an earlier one.
 
