@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo test test-slow lint bench-truth bench-frontier
+.PHONY: install demo test test-slow lint bench-truth bench-frontier bench-overhead
 
 install: $(STAMP)
 
@@ -42,3 +42,6 @@ bench-truth: $(STAMP)
 
 bench-frontier: $(STAMP)
 	$(BIN)/python benchmarks/frontier.py
+
+bench-overhead: $(STAMP)
+	@$(BIN)/python benchmarks/overhead.py

@@ -138,12 +138,16 @@ def measure(request: processes.Request) -> dict[str, Any]:
 
 
 def race(request: processes.Request) -> dict[str, Any]:
-    """Best CPU seconds of a step in each way; the ways take turns with one model."""
+    """Best CPU seconds of a step in each way; the ways take turns with one model.
+
+    A plan records in its first forward, so that each way runs one before the clock starts.
+    """
     trainer = make_trainer(request)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for turn in range(request["race"]):
         for name in VARIANTS:
             switch_off = _switch_on(name, request, trainer)
+            trainer.model(**trainer.batch)
             trainer.before(turn)
             begin = time.process_time()
             trainer.step()

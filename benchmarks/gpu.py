@@ -67,11 +67,12 @@ def _run_truth(arguments: argparse.Namespace) -> tuple[int, list[dict[str, Any]]
 
 
 def _run_frontier(arguments: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
-    every, rounds = (
-        ((1,), frontier.QUICK_ROUNDS) if arguments.tiny else (frontier.EVERY, frontier.ROUNDS)
-    )
+    goals: Sequence[str] = frontier.DEFAULT_GOALS
+    rounds = frontier.ROUNDS
+    if arguments.tiny:
+        goals, rounds = ("hf_1", "half"), frontier.QUICK_ROUNDS
     workloads = _workloads(arguments, "sdpa")
-    rows, lost = frontier.measure_all(workloads, every, rounds, _runner(arguments))
+    rows, lost = frontier.measure_all(workloads, goals, rounds, _runner(arguments))
     code = frontier.conclude(rows, lost, timed=not arguments.tiny)
     return code, [frontier.record(row) for row in rows]
 

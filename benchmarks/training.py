@@ -4,6 +4,7 @@ Depends on torch, on the measures and on the workloads.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,10 @@ class Trainer:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
+    def gradient_bytes(self) -> int:
+        """What the gradients take once a step has made them all."""
+        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+
     def outcome(self) -> Outcome:
         """Loss and gradients of a forward and backward; parameters stay as they are."""
         self.before()
@@ -78,11 +83,14 @@ class Trainer:
         return Contestant(self.step, self.before)
 
 
-def checkpoint_layers(model: nn.Module, every_n_layers: int) -> None:
-    """Switches transformers' own checkpointing on."""
+def checkpoint_layers(
+    model: nn.Module, every_n_layers: int = 1, context_fn: Callable[[], Any] | None = None
+) -> None:
+    """Switches transformers' own checkpointing on; ``context_fn`` is torch's for selective ones."""
+    options = {"use_reentrant": False} | ({"context_fn": context_fn} if context_fn else {})
     enable = model.activation_checkpointing_enable
     assert callable(enable)
-    enable(every_n_layers=every_n_layers)
+    enable(activation_checkpointing_kwargs=options, every_n_layers=every_n_layers)
 
 
 def keep_layers(model: nn.Module) -> None:
@@ -90,11 +98,3 @@ def keep_layers(model: nn.Module) -> None:
     for name in ("activation_checkpointing_disable", "disable_input_require_grads"):
         switch = getattr(model, name)
         switch()
-
-
-def count_checkpointed(model: nn.Module) -> int:
-    """How many layers transformers' own checkpointing recomputes."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
-    return sum(bool(layer.gradient_checkpointing) for layer in layers)

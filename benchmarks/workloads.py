@@ -14,6 +14,7 @@ from torch import nn
 
 MODELS = ("gpt2", "bert", "llama", "vit", "t5")
 ATTENTIONS = ("sdpa", "eager")
+DROPOUT = 0.1
 
 Batch = dict[str, torch.Tensor]
 
@@ -24,7 +25,7 @@ class Workload:
 
     model: str
     attention: str = "sdpa"
-    dropout: bool = True
+    dropout: float = DROPOUT
     size: str = "small"
     dtype: str = "float32"
     device: str = "cpu"
@@ -75,7 +76,7 @@ def make(workload: Workload) -> tuple[nn.Module, Batch]:
     """The model in training mode and its batch, both on the workload's device."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     shape = SHAPES[workload.size][workload.model]
-    auto, config, batch = _MAKERS[workload.model](shape, 0.1 if workload.dropout else 0.0)
+    auto, config, batch = _MAKERS[workload.model](shape, workload.dropout)
     dtype = getattr(torch, workload.dtype)
     torch.manual_seed(0)
     with torch.device(workload.device):

@@ -1,33 +1,23 @@
-"""Applies a plan to a live model: every region that recomputes runs under
-``torch.utils.checkpoint``.
+"""Applies a plan to a live model: every region that recomputes gets another ``forward``.
 
 A region's module keeps its name, parameters and hooks; only its instance's ``forward`` is shadowed
-by an object that checkpoints the original one. ``remove()`` takes it away again. Depends on the
-planner's plan and fingerprint, and on torch; transformers is recognised by its attributes, never
-imported.
+by an object that runs the original one as the plan says. ``remove()`` takes it away again. Depends
+on the planner's plan and fingerprint, the forwards of the actions, and torch; transformers is
+recognised by its attributes, never imported.
 """
 
-import copy
-import inspect
-import weakref
-from collections.abc import Callable
-from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from memfit.integrations.forwards import ApplyError as ApplyError
+from memfit.integrations.forwards import CheckpointedForward, PlannedForward
+from memfit.integrations.selective import SelectiveForward
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
-from memfit.planner.document import Plan
-from memfit.planner.errors import MemfitError
+from memfit.planner.document import ACTIONS, Plan
 from memfit.planner.fingerprint import differences, fingerprint
-
-
-class ApplyError(MemfitError, RuntimeError):
-    """A plan does not go with a model, or with what else was switched on in it."""
 
 
 def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
@@ -45,7 +35,7 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
         )
     _refuse_other_models(plan, model)
     _refuse_other_checkpointing(model)
-    if unknown := [r for r in plan.regions if r.action not in ("keep", "checkpoint")]:
+    if unknown := [r for r in plan.regions if r.action not in ACTIONS]:
         raise ApplyError(
             f"the plan runs {unknown[0].name} as {unknown[0].action!r}, which this memfit cannot "
             "do; apply it with the memfit that made it, or make a plan with this one"
@@ -55,6 +45,8 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
     for region in plan.regions:
         if region.action == "checkpoint":
             applied.checkpoint(modules[region.name])
+        elif region.action == "selective":
+            applied.keep_some(modules[region.name], region.keep, region.name)
     return applied
 
 
@@ -71,8 +63,16 @@ class AppliedPlan:
         ]
 
     def checkpoint(self, module: nn.Module) -> None:
-        """Makes one module recompute."""
-        module.__dict__["forward"] = CheckpointedForward(module, module.__dict__.get("forward"))
+        """Makes one module recompute everything."""
+        self._shadow(module, CheckpointedForward(module, module.__dict__.get("forward")))
+
+    def keep_some(self, module: nn.Module, keep: tuple[str, ...], name: str) -> None:
+        """Makes one module keep the tensors ``keep`` and recompute the others."""
+        shadowed = module.__dict__.get("forward")
+        self._shadow(module, SelectiveForward(module, shadowed, keep, name))
+
+    def _shadow(self, module: nn.Module, forward: PlannedForward) -> None:
+        module.__dict__["forward"] = forward
         self._modules.append(module)
 
     def remove(self) -> None:
@@ -82,7 +82,7 @@ class AppliedPlan:
         while self._modules:
             module = self._modules.pop()
             forward = module.__dict__.get("forward")
-            if isinstance(forward, CheckpointedForward):
+            if isinstance(forward, PlannedForward):
                 forward.restore(module)
 
     def __enter__(self) -> "AppliedPlan":
@@ -95,51 +95,6 @@ class AppliedPlan:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
-
-
-class CheckpointedForward:
-    """Stands for a module's ``forward`` and checkpoints it while gradients are recorded.
-
-    Holds its module weakly, so that a model is freed as soon as it is dropped; copies and pickles
-    go with the copy of the module.
-    """
-
-    def __init__(self, module: nn.Module, shadowed: Callable[..., Any] | None) -> None:
-        self._module = weakref.ref(module)
-        self._shadowed = shadowed
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self._forward()
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._forward())
-
-    def restore(self, module: nn.Module) -> None:
-        """Gives the module its own forward back."""
-        del module.__dict__["forward"]
-        if self._shadowed is not None:
-            module.__dict__["forward"] = self._shadowed
-
-    def _forward(self) -> Callable[..., Any]:
-        """What the module would run without a plan."""
-        return self._shadowed or partial(type(self._own()).forward, self._own())
-
-    def _own(self) -> nn.Module:
-        module = self._module()
-        if module is None:
-            raise ApplyError("the planned module is gone; keep the model while its forward is used")
-        return module
-
-    def __reduce__(self) -> Any:
-        return type(self), (self._own(), self._shadowed)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CheckpointedForward":
-        module = self._own()
-        return type(self)(memo.get(id(module), module), copy.deepcopy(self._shadowed, memo))
 
 
 class _Guard:

@@ -126,6 +126,7 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         device=options.device,
         solver=options.solver,
         costs=options.costs,
+        selective=options.selective,
         keep_outputs=options.keep_outputs,
         gap=options.gap,
         time_limit_seconds=options.time_limit,
@@ -304,6 +305,11 @@ def _add_solving(parser: argparse.ArgumentParser) -> None:
         choices=("roofline", "measured"),
         default="roofline",
         help="seconds from the device table, or from timing every distinct op on the device",
+    )
+    group.add_argument(
+        "--selective",
+        action="store_true",
+        help="recompute op by op within regions too (experimental)",
     )
     group.add_argument(
         "--solver",

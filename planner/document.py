@@ -94,6 +94,7 @@ class RegionPlan:
     name: str
     action: str
     keep: tuple[str, ...]
+    """For ``selective``: the activations that are kept, by their names within the region."""
     stored_bytes: int
     """What the region holds from its forward to its backward."""
     freed_bytes: int
@@ -101,6 +102,8 @@ class RegionPlan:
     recompute_seconds: float
     kept_because: str = ""
     """Why the region could only be kept; empty when it was a choice."""
+    recompute: tuple[str, ...] = ()
+    """For ``selective``: the activations that are recomputed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,3 +45,45 @@ def work_dtype(tensors: Iterable[torch.Tensor]) -> str:
         if tensor.is_floating_point():
             return str(tensor.dtype).removeprefix("torch.")
     return ""
+
+
+_aten = torch.ops.aten
+_DYNAMIC_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_READS_VALUES = {_aten._local_scalar_dense, _aten.equal}
+# Statistics that move with every run, and decisions: where two values are near, the smallest
+# difference upstream would route a token elsewhere.
+_ONCE = {
+    _aten.native_batch_norm,
+    _aten._native_batch_norm_legit,
+    _aten._batch_norm_with_update,
+    _aten.cudnn_batch_norm,
+    _aten.miopen_batch_norm,
+    _aten.topk,
+    _aten.sort,
+    _aten.argsort,
+    _aten.argmax,
+    _aten.argmin,
+    _aten.multinomial,
+}
+
+
+def runs_once(func: Any) -> bool:
+    """Whether running an op a second time must be avoided."""
+    return func.overloadpacket in _ONCE
+
+
+def is_dynamic(func: Any, args: Iterable[Any]) -> bool:
+    """Whether what an op returns, or its shape, is read from values; ``args`` may be fx nodes."""
+    packet = func.overloadpacket
+    if packet in (_aten.index, _aten.index_put, _aten.index_put_):
+        return any(_dtype(i) in (torch.bool, torch.uint8) for i in _indices(args))
+    return packet in _READS_VALUES or not _DYNAMIC_TAGS.isdisjoint(func.tags)
+
+
+def _indices(args: Iterable[Any]) -> list[Any]:
+    _, indices, *_ = args
+    return [i for i in indices if i is not None]
+
+
+def _dtype(tensor: Any) -> Any:
+    return tensor.meta["dtype"] if hasattr(tensor, "meta") else tensor.dtype

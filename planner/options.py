@@ -27,6 +27,11 @@ class RegionOption:
     action: str
     effect: Effect
     recompute_seconds: float
+    keep: tuple[str, ...] = ()
+    """Names of the tensors that ``selective`` keeps, and of those that it drops."""
+    recompute: tuple[str, ...] = ()
+    lean: bool = True
+    """Offered whatever the ops cost; the smallest budget that has a plan is made of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,37 +177,40 @@ class _Builder:
         return solver.Option(
             option.action,
             stored,
-            self._most(own, forward, None),
-            self._most(own, backward, option.effect.recomputation),
+            self._most(own, forward, ()),
+            self._most(own, backward, option.effect.recomputations),
             option.recompute_seconds,
+            option.keep,
         )
 
     def _most(
         self,
         own: list[_Span],
         window: _Window,
-        recomputation: Recomputation | None,
+        recomputations: Sequence[Recomputation],
     ) -> int:
-        """Most bytes above the window's base, in its own ops or in a recomputation before them."""
+        """Most bytes above the window's base, in its own ops or in a recomputation between them."""
+        spans = list(own)
+        most = 0
+        for recomputation in recomputations:
+            most = max(most, self._recomputation_bytes(spans, recomputation))
+            spans += [
+                (round_up(copy.size_bytes, self._round), recomputation.at, copy.until)
+                for copy in recomputation.copies
+                if copy.until > recomputation.at
+            ]
         clocks = np.arange(window.start, window.stop)
         alive = self._alive[window.start : window.stop].astype(np.int64)
-        for size, start, stop in own:
+        for size, start, stop in spans:
             alive += size * ((clocks >= start) & (clocks < stop))
-        if recomputation is not None:
-            for copy in recomputation.copies:
-                if copy.until:
-                    alive += round_up(copy.size_bytes, self._round) * (clocks < copy.until)
-        most = int(alive.max()) if len(alive) else 0
-        if recomputation is not None:
-            most = max(most, self._recomputation_bytes(own, recomputation))
-        return most - int(self._alive[window.start])
+        return max(most, int(alive.max(initial=0))) - int(self._alive[window.start])
 
     def _recomputation_bytes(self, own: list[_Span], recomputation: Recomputation) -> int:
         """Most bytes alive while the ops run again, between the ops around ``recomputation.at``."""
         at, ops = recomputation.at, recomputation.ops
         alive = self._resident | ((self._born < at) & (at < self._certain))
         before = int(self._sizes[alive].sum())
-        before += sum(size for size, start, stop in own if start < at < stop)
+        before += sum(size for size, start, stop in own if start <= at < stop)
         changes = np.zeros(len(ops) + 1, dtype=np.int64)
         for copy in recomputation.copies:
             changes[copy.first] += round_up(copy.size_bytes, self._round)

@@ -5,12 +5,13 @@ This is the one place that knows how the executor behaves; the options of the so
 simulator both read it, which is why the predicted peak can be the measured one. Pure graph logic on
 the step's records.
 
-``checkpoint`` is ``torch.utils.checkpoint`` (non-reentrant): autograd keeps nothing of the region,
-the frame keeps the arguments until the last saved tensor of the region is released; when the
-backward first asks for one, the region's forward runs again up to its last saved tensor (early
-stop), and each recomputed tensor is freed after its own use.
+``selective`` has a file of its own. ``checkpoint`` is ``torch.utils.checkpoint`` (non-reentrant):
+autograd keeps nothing of the region, the frame keeps the arguments until the last saved tensor of
+the region is released; when the backward first asks for one, the region's forward runs again up to
+its last saved tensor (early stop), and each recomputed tensor is freed after its own use.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memfit.planner.regions import Region
@@ -37,7 +38,7 @@ class Recomputation:
     """Ops that run again just before the op at clock ``at``."""
 
     at: int
-    ops: range
+    ops: Sequence[int]
     copies: tuple[Copy, ...]
 
 
@@ -49,7 +50,12 @@ class Effect:
     """Storages that it keeps alive, with the clock until which it does."""
     extra: tuple[tuple[int, int, int], ...] = ()
     """Further allocations: bytes, first clock, clock at which they are freed."""
-    recomputation: Recomputation | None = None
+    recomputations: tuple[Recomputation, ...] = ()
+    """In the order in which they run."""
+
+    def seconds(self, step: StepGraph) -> float:
+        """Seconds that its recomputations take."""
+        return sum(step.ops[i].seconds for r in self.recomputations for i in r.ops)
 
 
 def keep(step: StepGraph, region: Region) -> Effect:
@@ -71,7 +77,7 @@ def checkpoint(step: StepGraph, region: Region, rng_state_bytes: int) -> Effect:
     return Effect(
         holds,
         ((rng_state_bytes, region.start, frame_end),) if rng_state_bytes else (),
-        Recomputation(region.backward_start, ops, copies),
+        (Recomputation(region.backward_start, ops, copies),),
     )
 
 

@@ -25,7 +25,16 @@ from memfit.planner._compat import (
 from memfit.planner.caching import is_cache
 from memfit.planner.op_facts import signature, work_dtype, written_tensors
 from memfit.planner.shadows import Shadows, UnknownValue, tensors_in
-from memfit.planner.step_graph import Call, Kind, Op, Phase, Saved, StepGraph, Storage
+from memfit.planner.step_graph import (
+    SAMPLE_ELEMENTS,
+    Call,
+    Kind,
+    Op,
+    Phase,
+    Saved,
+    StepGraph,
+    Storage,
+)
 
 _aten = torch.ops.aten
 _SAVE_NUMBERS = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
@@ -73,6 +82,8 @@ class _OpenSaved:
     released: int | None = None
     unpacked: int | None = None
     used_until: int = 0
+    order: int = 0
+    sample_bytes: int = 0
     watchers: list[Any] = field(default_factory=list)
 
 
@@ -105,6 +116,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, int] = {}
         self._watchers: dict[int, Any] = {}
         self._paused = False
+        self._asked = 0
         self._numbers: list[int] = []
         self._in_use: set[int] = set()
         self._summands: list[tuple[int, int]] = []
@@ -149,7 +161,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def pack(self, tensor: torch.Tensor) -> _Handle:
         """Saved-tensor hook: autograd keeps the handle, not the tensor."""
         index = len(self._saved)
-        saved = _OpenSaved(self._storage_of(tensor), packed=len(self._ops))
+        sample = min(SAMPLE_ELEMENTS, tensor.numel()) * tensor.element_size()
+        saved = _OpenSaved(self._storage_of(tensor), packed=len(self._ops), sample_bytes=sample)
         self._saved.append(saved)
         handle = _Handle(index, tensor)
 
@@ -164,7 +177,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Saved-tensor hook: a stand-in with its own storage, so that its use can be watched."""
         saved = self._saved[handle.index]
         if saved.unpacked is None:
-            saved.unpacked = len(self._ops)
+            saved.unpacked, saved.order = len(self._ops), self._asked
+            self._asked += 1
         saved.used_until = len(self._ops) + 1
         self._in_use.add(handle.index)
         self._paused = True
@@ -363,6 +377,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 end if s.released is None else s.released,
                 s.unpacked,
                 s.used_until,
+                s.order,
+                s.sample_bytes,
             )
             for s in self._saved
         ]

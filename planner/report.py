@@ -116,8 +116,12 @@ def _regions(regions: Sequence[RegionPlan]) -> str:
     lines = [head]
     for group, row in zip(groups, rows, strict=True):
         lines.append(row)
-        if reason := group[0].kept_because:
-            lines.append(_wrapped("  kept: ", reason))
+        first = group[0]
+        if first.kept_because:
+            lines.append(_wrapped("  kept: ", first.kept_because))
+        if first.action == "selective":
+            lines.append(_wrapped("  keep: ", ", ".join(first.keep) or "nothing"))
+            lines.append(_wrapped("  recompute: ", ", ".join(first.recompute)))
     return "\n".join(lines)
 
 
@@ -149,9 +153,13 @@ def _split_name(name: str) -> tuple[str, int]:
 
 
 def _continues(last: RegionPlan, region: RegionPlan) -> bool:
-    treated_alike = (last.action, last.kept_because) == (region.action, region.kept_because)
+    treated_alike = _treatment(last) == _treatment(region)
     # A module that is called twice is two regions of one name.
     return treated_alike and _split_name(region.name)[1] - _split_name(last.name)[1] in (0, 1)
+
+
+def _treatment(region: RegionPlan) -> tuple[object, ...]:
+    return region.action, region.kept_because, region.keep, region.recompute
 
 
 def _region_cells(group: Sequence[RegionPlan]) -> tuple[str, ...]:

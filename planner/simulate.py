@@ -107,9 +107,9 @@ class _Slots:
 
     def __init__(self, step: StepGraph, effects: Sequence[Effect]) -> None:
         found = [
-            (effect.recomputation, region)
+            (recomputation, region)
             for region, effect in enumerate(effects)
-            if effect.recomputation is not None
+            for recomputation in effect.recomputations
         ]
         found.sort(key=lambda item: item[0].at)
         self._at = np.array([r.at for r, _ in found], dtype=np.int64)

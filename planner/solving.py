@@ -6,7 +6,7 @@ Depends on the planner's records and on the solvers.
 
 from dataclasses import dataclass, replace
 
-from memfit.planner import recompute
+from memfit.planner.actions import find_options
 from memfit.planner.budget import format_bytes
 from memfit.planner.errors import InfeasibleBudget
 from memfit.planner.options import RegionOption, build_problem
@@ -40,9 +40,15 @@ class Task:
     limits: Limits
 
     @staticmethod
-    def of(step: StepGraph, target: Target, budget_bytes: int, limits: Limits) -> "Task":
+    def of(
+        step: StepGraph,
+        target: Target,
+        budget_bytes: int,
+        limits: Limits,
+        selective: bool = False,
+    ) -> "Task":
         regions = find_regions(step)
-        options = tuple(_options(step, region, target.rng_state_bytes) for region in regions)
+        options = find_options(step, regions, target.rng_state_bytes, offer_selective=selective)
         problem = build_problem(
             step, regions, options, budget_bytes, target.device.allocation_bytes
         )
@@ -54,7 +60,7 @@ class Task:
             raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
         outcome = self._within_budget() if solver == "ilp" else self._by(solver, self.problem)
         if outcome is None:
-            outcome = self.simulate(flat_ilp.minimise_peak(self.problem, self.limits))
+            outcome = self.simulate(flat_ilp.minimise_peak(self._lean_problem(), self.limits))
         if outcome.timeline.peak_bytes > self.problem.budget_bytes:
             raise self._infeasible(solver, outcome.timeline.peak_bytes)
         return outcome
@@ -71,6 +77,19 @@ class Task:
                 return outcome
             aim -= excess
         return None
+
+    def _lean_problem(self) -> Problem:
+        """The problem without the options that depend on what ops cost, which come last."""
+        counts = [sum(option.lean for option in options) for options in self.options]
+        regions = tuple(
+            replace(region, options=region.options[:count])
+            for region, count in zip(self.problem.regions, counts, strict=True)
+        )
+        shared = tuple(
+            replace(t, holders=tuple((r, o) for r, o in t.holders if o < counts[r]))
+            for t in self.problem.shared
+        )
+        return replace(self.problem, regions=regions, shared=shared)
 
     def _by(self, solver: str, problem: Problem) -> Outcome | None:
         solution = SOLVERS[solver](problem, self.limits)
@@ -100,13 +119,3 @@ class Task:
             what = f"{solver!r} needs {smallest}, more than {format_bytes(budget)} ({budget} bytes)"
             way_out = "Raise the budget, or plan with the solver 'ilp'."
         return InfeasibleBudget(f"{what}. {way_out}", minimum_bytes)
-
-
-def _options(step: StepGraph, region: Region, rng_state_bytes: int) -> tuple[RegionOption, ...]:
-    keep = RegionOption("keep", recompute.keep(step, region), 0.0)
-    if region.kept_because:
-        return (keep,)
-    effect = recompute.checkpoint(step, region, rng_state_bytes)
-    assert effect.recomputation is not None
-    seconds = sum(step.ops[i].seconds for i in effect.recomputation.ops)
-    return keep, RegionOption("checkpoint", effect, seconds)

@@ -12,6 +12,9 @@ from enum import Enum
 
 from torch import fx
 
+# Elements of a dropped tensor that are kept, to see whether recomputation repeats it.
+SAMPLE_ELEMENTS = 16
+
 
 class Phase(Enum):
     """Part of the training step."""
@@ -68,6 +71,10 @@ class Saved:
     """Clock at which the backward first asked for it, if it did."""
     used_until: int
     """Clock until which the tensor that the backward got stays alive."""
+    order: int
+    """Place in the order in which the backward first asked; meaningless if it never did."""
+    sample_bytes: int
+    """Size of the sample by which a recomputed tensor is compared with this one."""
 
     @property
     def until(self) -> int:

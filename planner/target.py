@@ -48,16 +48,26 @@ class Target:
             return with_cpu_workspace(step)
         return step.beside_workspace(2 * self.device.workspace_bytes)
 
+    @property
+    def is_present(self) -> bool:
+        """Whether the device is this machine's."""
+        if self.device.kind == "cpu":
+            return True
+        if not torch.cuda.is_available():
+            return False
+        try:
+            return self.device.name == devices.device("cuda").name
+        except devices.DeviceError:  # a GPU that the table does not know
+            return False
+
     def present(self) -> torch.device:
         """The device itself, to measure on; :class:`DeviceError` when it is not this machine's."""
-        if self.device.kind == "cpu":
-            return torch.device("cpu")
-        if not torch.cuda.is_available() or self.device.name != devices.device("cuda").name:
+        if not self.is_present:
             raise devices.DeviceError(
                 f"{self.device.name!r} is not a device of this machine, so nothing can be measured "
                 "on it; use costs='roofline'"
             )
-        return torch.device("cuda")
+        return torch.device(self.device.kind)
 
     def modes(self) -> tuple[Any, ...]:
         """Function modes under which the step is captured."""

@@ -59,20 +59,28 @@ def backend() -> str:
     raise NoSolver('PuLP finds no solver; install one with: pip install "pulp[highs]"')
 
 
-def minimise(program: Any, gap: float, seconds: float) -> Outcome:
-    """Solve ``program`` on one thread to the relative ``gap``, for ``seconds`` at most."""
+def minimise(program: Any, gap: float, seconds: float, gap_absolute: float = 0.0) -> Outcome:
+    """Solve ``program`` on one thread to either gap, for ``seconds`` at most.
+
+    ``gap`` is a share of the objective, ``gap_absolute`` is in its unit.
+    """
     if backend() == "HiGHS":
-        return _minimise_with_highs(program, gap, seconds)
-    return _minimise_with_cbc(program, gap, seconds)
+        return _minimise_with_highs(program, gap, seconds, gap_absolute)
+    return _minimise_with_cbc(program, gap, seconds, gap_absolute)
 
 
-def _minimise_with_highs(program: Any, gap: float, seconds: float) -> Outcome:
+def _minimise_with_highs(program: Any, gap: float, seconds: float, gap_absolute: float) -> Outcome:
     # HiGHS shares one pool of threads in a process and fails a run that asks for another number of
     # threads than the first did. `parallel` stays on one thread whatever the pool. Ends when HiGHS
     # has a pool for each instance (it then drops resetGlobalScheduler).
     # `output_flag`, because PuLP 4 turns only `log_to_console` off for msg=False.
     solver = pulp().HiGHS(
-        msg=False, gapRel=gap, gapAbs=0.0, timeLimit=seconds, parallel="off", output_flag=False
+        msg=False,
+        gapRel=gap,
+        gapAbs=gap_absolute,
+        timeLimit=seconds,
+        parallel="off",
+        output_flag=False,
     )
     program.solve(solver)
     # PuLP 3 returns an int, PuLP 4 LpSolveStats, and only that has the bound; HiGHS says the same
@@ -88,15 +96,17 @@ def _minimise_with_highs(program: Any, gap: float, seconds: float) -> Outcome:
     return Outcome(Status.FEASIBLE if found else Status.UNSOLVED, objective, bound)
 
 
-def _minimise_with_cbc(program: Any, gap: float, seconds: float) -> Outcome:
-    program.solve(_bundled_cbc(gapRel=gap, timeLimit=seconds, threads=1))
+def _minimise_with_cbc(program: Any, gap: float, seconds: float, gap_absolute: float) -> Outcome:
+    solver = _bundled_cbc(gapRel=gap, gapAbs=gap_absolute, timeLimit=seconds, threads=1)
+    program.solve(solver)
     if program.status == -1:
         return Outcome(Status.INFEASIBLE)
     if program.sol_status not in (1, 2):
         return Outcome(Status.UNSOLVED, bound=float("-inf"))
     objective = float(pulp().value(program.objective))
-    if program.sol_status == 1:  # PuLP does not read the bound; the gap implies one
-        return Outcome(Status.OPTIMAL, objective, objective - gap * abs(objective))
+    if program.sol_status == 1:  # PuLP does not read the bound; the gaps imply one
+        slack = max(gap * abs(objective), gap_absolute)
+        return Outcome(Status.OPTIMAL, objective, objective - slack)
     return Outcome(Status.FEASIBLE, objective, float("-inf"))
 
 

@@ -55,6 +55,10 @@ def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     """Fewest seconds within the budget; at the same seconds, lowest peak."""
     started = time.perf_counter()
     found = _fastest_fitting(problem, limits)
+    if found.choices and recompute_seconds(problem, found.choices) <= limits.gap_seconds:
+        # As good as free is not free: a budget that fits all must recompute nothing.
+        exact = replace(_left(limits, started), gap_seconds=0.0)
+        found = _fastest_fitting(problem, exact)
     if found.choices is not None:
         seconds = min(_left(limits, started).seconds, limits.seconds * PEAK_SHARE)
         lower = _lower(problem, found.choices, replace(limits, seconds=seconds))
@@ -112,7 +116,7 @@ def _fastest_fitting(problem: Problem, limits: Limits) -> _Found:
 def _bounded(problem: Problem, choices: tuple[int, ...], bound: float, limits: Limits) -> _Found:
     """A choice of a tightened program, judged by the bound of the program as it was stated."""
     seconds = recompute_seconds(problem, choices)
-    is_proved = seconds_ceiling(bound) >= seconds * (1 - limits.gap)
+    is_proved = seconds_ceiling(bound) >= seconds - max(seconds * limits.gap, limits.gap_seconds)
     return _Found(Status.OPTIMAL if is_proved else Status.FEASIBLE, choices, bound)
 
 
@@ -136,7 +140,7 @@ def _fastest(problem: Problem, budget: int, limits: Limits) -> _Found:
         # Bytes come in multiples of the divisor, so a row may as well end at one.
         room = (budget - base) // model.divisor * model.divisor
         program += row <= room / model.unit
-    return model.run(limits, unit)
+    return model.run(limits, unit, limits.gap_seconds / unit)
 
 
 def _lowest(problem: Problem, limits: Limits, ceiling: float = math.inf) -> _Found:
@@ -196,8 +200,8 @@ class _Model:
         rows = _rows(problem, program, chosen, unit)
         return cls(program, chosen, rows, unit, divisor)
 
-    def run(self, limits: Limits, objective_unit: float) -> _Found:
-        outcome = _compat.minimise(self.program, limits.gap, limits.seconds)
+    def run(self, limits: Limits, objective_unit: float, gap: float = 0.0) -> _Found:
+        outcome = _compat.minimise(self.program, limits.gap, limits.seconds, gap)
         if outcome.status in (Status.INFEASIBLE, Status.UNSOLVED):
             return _Found(outcome.status)
         choices = tuple(

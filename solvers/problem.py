@@ -133,6 +133,8 @@ class Limits:
     gap: float = 1e-4
     """Relative gap between the choice and the bound at which the search ends."""
     seconds: float = 20.0
+    gap_seconds: float = 0.0
+    """Seconds of recomputation between the two at which it ends as well."""
 
 
 DEFAULT_LIMITS = Limits()

@@ -38,8 +38,8 @@ def test_predictions_are_true() -> None:
     code, output = run_script("truth.py", "--quick", "--models", "t5", "--attention", "sdpa")
     assert code == 0, output
     rows = table_rows(output)
-    assert [row[2] for row in rows] == ["1", "least"]
-    assert [row[7:9] for row in rows] == [["yes", "yes"]] * 2
+    assert [row[3] for row in rows] == ["1", "least"]
+    assert [row[8:10] for row in rows] == [["yes", "yes"]] * 2
     assert rows[0][-1] == "0/4" and rows[1][-1] != "0/4"
 
 
@@ -51,12 +51,36 @@ def test_predictions_are_true_with_an_optimizer() -> None:
     assert len(table_rows(output)) == 1
 
 
-def test_the_frontier_is_measured_at_the_same_peak() -> None:
-    code, output = run_script("frontier.py", "--quick", "--models", "bert", "--every", "2")
+def test_predictions_are_true_without_dropout() -> None:
+    which = ("--quick", "--models", "bert", "--attention", "sdpa", "--budgets", "0.9")
+    code, output = run_script("truth.py", *which, "--dropout", "0", "0.1")
     assert code == 0, output
-    (row,) = table_rows(output)
-    assert row[:2] == ["bert", "2"]
-    assert float(row[3]) <= float(row[2])
+    assert [row[2] for row in table_rows(output)] == ["0", "0.1"]
+
+
+def test_the_frontier_is_measured_at_the_same_peak() -> None:
+    rivals = ("hf_2", "keep_attention", "every_second_matmul")
+    which = ("--quick", "--models", "bert", "--rivals", *rivals)
+    code, output = run_script("frontier.py", *which)
+    assert code == 0, output
+    rows = table_rows(output)
+    assert [tuple(row[:2]) for row in rows] == [("bert", rival) for rival in rivals]
+    assert all(float(row[3]) <= float(row[2]) for row in rows)
+
+
+def test_the_frontier_has_rows_at_budgets_of_their_own() -> None:
+    which = ("--quick", "--models", "gpt2", "--rivals", "half", "full_x1.15")
+    code, output = run_script("frontier.py", *which)
+    assert code == 0, output
+    assert [row[1] for row in table_rows(output)] == ["half", "full_x1.15"]
+    assert "Budgets broken: 0" in output
+
+
+def test_the_overhead_of_every_mechanism_is_shown() -> None:
+    code, output = run_script("overhead.py", "--quick")
+    assert code == 0, output
+    names = [row[0] for row in table_rows(output)]
+    assert names[0] == "plain" and len(names) == len(set(names)) == 9
 
 
 @pytest.mark.parametrize("part", ["truth", "frontier"])

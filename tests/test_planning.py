@@ -71,7 +71,7 @@ def test_figures_of_a_plan_agree_with_each_other(make: Callable[..., Any]) -> No
     assert sum(predicted.alive_at_peak.values()) == predicted.peak_bytes
     none, full = p.baselines
     assert none.peak_bytes == predicted.unplanned_peak_bytes > full.peak_bytes
-    freed = [r.freed_bytes for r in p.regions if r.action == "checkpoint"]
+    freed = [r.freed_bytes for r in p.regions if r.action != "keep"]
     assert freed and min(freed) > 0
     assert p.model.parameters == sum(t.numel() for t in model.parameters())
     assert p.workload.batch["input_ids"].shape == (2, 16)

@@ -84,7 +84,11 @@ def test_a_plan_reads_like_this() -> None:
         region("model.embed_tokens", stored_mib=0, reason="called 2 times in a step"),
         *map(checkpoint, layers[:8]),
         *map(region, layers[8:11]),
-        region(layers[11], "selective", stored_mib=64, freed_mib=32, seconds=4.2e-5),
+        replace(
+            region(layers[11], "selective", stored_mib=64, freed_mib=32, seconds=4.2e-5),
+            keep=("self_attn.sdpa", "self_attn.sdpa[1]", "mlp.gate_proj.mm", "mlp.up_proj.mm"),
+            recompute=("input_layernorm.mul#2", "mlp.act_fn.silu", "mlp.mul"),
+        ),
         region("lm_head", stored_mib=512),
     )
     expected = (GOLDEN / "plan.txt").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """The simulator against sums made by hand, and the solver's rows against the simulator."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from memfit.planner import recompute
+from memfit.planner.actions import find_options
 from memfit.planner.capture import capture
+from memfit.planner.costs import price
+from memfit.planner.devices import DEVICES
 from memfit.planner.optimizers import optimizer_factory
 from memfit.planner.options import RegionOption, build_problem
 from memfit.planner.peak import describe_peak
@@ -131,14 +134,8 @@ def test_adamw_holds_its_temporaries_in_the_optimizer_step() -> None:
     assert abs(timeline.peak_bytes - (4 * weights + 2 * UNIT)) < 10_000
 
 
-def options_of(step: StepGraph, regions: tuple[Region, ...]) -> list[list[RegionOption]]:
-    return [
-        [
-            RegionOption("keep", recompute.keep(step, region), 0.0),
-            RegionOption("checkpoint", recompute.checkpoint(step, region, 5056), 1.0),
-        ]
-        for region in regions
-    ]
+def options_of(step: StepGraph, regions: tuple[Region, ...]) -> Sequence[Sequence[RegionOption]]:
+    return find_options(price(step, DEVICES["cpu"]), regions, 5056)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -153,7 +150,7 @@ def test_rows_of_the_problem_say_what_the_simulator_says(
     problem = build_problem(step, regions, options, 1 << 40)
     generator = random.Random(name)
     for _ in range(40):
-        choices = [generator.randrange(2) for _ in regions]
+        choices = [generator.randrange(len(o)) for o in options]
         chosen: list[Effect] = [o[c].effect for o, c in zip(options, choices, strict=True)]
         simulated = simulate(step, regions, chosen).peak_bytes
         rows = peak_bytes(problem, choices)

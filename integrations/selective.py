@@ -1,0 +1,153 @@
+"""The forward of a region that keeps some of what autograd saves and recomputes the rest.
+
+The first call of a kind is recorded, later ones of that kind are replayed. Whatever does not go as
+recorded keeps everything: then gradients are right and only memory is more than planned, of which a
+:class:`MemfitWarning` tells. Depends on recording and replay.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.integrations.boxes import Box, unpack
+from memfit.integrations.forwards import MemfitWarning, PlannedForward
+from memfit.integrations.probes import Verdict
+from memfit.integrations.recording import Recorded, Recording
+from memfit.integrations.replay import Opened, Replay
+from memfit.integrations.signatures import Entry, Unreadable, enter
+
+# After so many forwards that were not as recorded, everything is kept for ever.
+_MISMATCHES = 3
+# Kinds of calls that are remembered.
+_PROGRAMS = 64
+
+
+class SelectiveForward(PlannedForward):
+    """Keeps the saved tensors that are named in ``keep``, and recomputes the others on demand.
+
+    Names are those of :class:`memfit.planner.program.Program`; ``name`` is what to call the module
+    in messages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shadowed: Callable[..., Any] | None,
+        keep: tuple[str, ...],
+        name: str = "",
+    ) -> None:
+        super().__init__(module, shadowed)
+        self._keep = frozenset(keep)
+        self._name = name or type(module).__name__
+        self._programs: dict[tuple[Any, ...], Replay | None] = {}
+        self._verdict = Verdict()
+        self._mismatches = 0
+        self._warned: set[str] = set()
+
+    def _options(self) -> tuple[Any, ...]:
+        return tuple(sorted(self._keep)), self._name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self._forward()
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self._mismatches >= _MISMATCHES
+        ):
+            return forward(*args, **kwargs)
+        self._verdict.read()
+        try:
+            entry = enter(self._own(), args, kwargs)
+        except Unreadable as reason:
+            if str(reason):
+                self._warn("arguments", f"keeps everything: {reason}. {_WAY_OUT}")
+            return forward(*args, **kwargs)
+        if entry.key not in self._programs:
+            return self._record(forward, args, kwargs, entry)
+        replay = self._programs[entry.key]
+        if replay is None:
+            return forward(*args, **kwargs)
+        return self._replay(forward, args, kwargs, entry, replay)
+
+    def _replay(
+        self, forward: Callable[..., Any], args: Any, kwargs: Any, entry: Entry, replay: Replay
+    ) -> Any:
+        opened = Opened(replay, entry, self._verdict)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(opened.pack, unpack):
+                out = forward(*args, **kwargs)
+            if not opened.commit():
+                self._forget(entry)
+        finally:
+            opened.release()
+        return out
+
+    def _forget(self, entry: Entry) -> None:
+        """A forward was not as recorded; the next one is recorded anew."""
+        self._programs.pop(entry.key, None)
+        self._mismatches += 1
+        self._warn(
+            "mismatch",
+            "kept everything in this call: its forward did not save the tensors that it saved when "
+            f"it was recorded; after {_MISMATCHES} such calls it will keep everything. {_WAY_OUT}",
+        )
+
+    def _record(self, forward: Callable[..., Any], args: Any, kwargs: Any, entry: Entry) -> Any:
+        recording = Recording(self._own(), entry)
+        try:
+            with recording.running():
+                out = forward(*args, **kwargs)
+            if len(self._programs) >= _PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+            self._programs[entry.key] = self._decide(recording, entry)
+        finally:
+            recording.release()
+        return out
+
+    def _decide(self, recording: Recording, entry: Entry) -> Replay | None:
+        """Drops what the plan does not keep of what a recording saved; None if all is kept."""
+        if recording.dynamic:
+            self._warn("dynamic", f"keeps everything: {recording.dynamic}. {_WAY_OUT}")
+            return None
+        recorded = recording.finish()
+        replay = Replay(recorded, self._kept(recorded, recording), self._name)
+        opened = Opened(replay, entry, self._verdict)
+        opened.pack_recorded(recording.packed, recording.states)
+        opened.commit()
+        return replay
+
+    def _kept(self, recorded: Recorded, recording: Recording) -> frozenset[int]:
+        program = recorded.program
+        wanted = {s for s, name in program.names.items() if name in self._keep}
+        for pack, late in zip(program.packs, recording.packed, strict=True):
+            # Written to after it was saved: autograd raises if it is asked for, and so shall we.
+            box = late.target
+            if isinstance(box, Box) and box.tensor._version != box.version:
+                wanted.add(pack.storage)
+        kept = program.kept(wanted)
+        if unknown := self._keep.difference(program.names.values()):
+            self._warn(
+                "unknown",
+                f"has no {', '.join(sorted(unknown))}, which the plan keeps. {_WAY_OUT}",
+            )
+        if forced := [program.names[s] for s in program.droppable if s in kept - wanted]:
+            self._warn(
+                "forced",
+                f"keeps {', '.join(forced)} against the plan, for want of a way to recompute "
+                f"{'them' if len(forced) > 1 else 'it'}. {_WAY_OUT}",
+            )
+        return kept
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{self._name} {message}", MemfitWarning, stacklevel=5)
+
+
+_WAY_OUT = (
+    "The planned peak may not hold: plan anew with a batch like this one, or without selective "
+    "recomputation"
+)

@@ -1,0 +1,84 @@
+"""The options of every region: keep, checkpoint, and the selective ones that are worth offering.
+
+Which tensors may be kept is worked out once for regions that run the same program. Depends on the
+effects of the actions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from memfit.planner import recompute
+from memfit.planner.kept_sets import KeptSet, kept_sets, lean_sets
+from memfit.planner.options import RegionOption
+from memfit.planner.program import Program
+from memfit.planner.regions import Region
+from memfit.planner.selective import RegionProgram, region_program, selective
+from memfit.planner.step_graph import StepGraph
+
+# Selective options of a region: fewer where there are many regions, since these mix.
+_FEWEST, _MOST, _IN_ALL = 8, 30, 360
+
+
+def find_options(
+    step: StepGraph,
+    regions: Sequence[Region],
+    rng_state_bytes: int,
+    *,
+    offer_selective: bool = True,
+) -> tuple[tuple[RegionOption, ...], ...]:
+    """For each region: keep first, then checkpoint and the selective options if it may recompute.
+
+    ``rng_state_bytes`` is the size of a saved generator state. Options of which the solver's
+    smallest budget is made (``lean``) come before others.
+    """
+    limit = max(_FEWEST, min(_MOST, _IN_ALL // max(1, len(regions))))
+    nodes = step.nodes()
+    known: dict[object, tuple[Program, dict[KeptSet, bool]]] = {}
+    found = []
+    for region in regions:
+        options = [RegionOption("keep", recompute.keep(step, region), 0.0)]
+        if not region.kept_because:
+            effect = recompute.checkpoint(step, region, rng_state_bytes)
+            options.append(RegionOption("checkpoint", effect, effect.seconds(step)))
+            compiled = region_program(step, region, nodes) if offer_selective else None
+            if compiled is not None:
+                key = compiled.program.key
+                if key not in known:
+                    sets = _sets(step, region, compiled, rng_state_bytes, limit)
+                    known[key] = compiled.program, sets
+                program, sets = known[key]
+                compiled = replace(compiled, program=program)
+                options += [
+                    _selective(step, region, compiled, kept, rng_state_bytes, lean)
+                    for kept, lean in sets.items()
+                ]
+        found.append(tuple(options))
+    return tuple(found)
+
+
+def _sets(
+    step: StepGraph, region: Region, compiled: RegionProgram, rng_state_bytes: int, limit: int
+) -> dict[KeptSet, bool]:
+    """The sets worth offering, and whether they are lean."""
+    lean = dict.fromkeys(lean_sets(step, region, compiled, rng_state_bytes), True)
+    others = kept_sets(step, region, compiled, rng_state_bytes, limit)
+    return lean | {kept: False for kept in others if kept not in lean}
+
+
+def _selective(
+    step: StepGraph,
+    region: Region,
+    compiled: RegionProgram,
+    kept: KeptSet,
+    rng_state_bytes: int,
+    lean: bool,
+) -> RegionOption:
+    effect = selective(step, region, compiled, kept, rng_state_bytes)
+    return RegionOption(
+        "selective",
+        effect,
+        effect.seconds(step),
+        compiled.names(kept),
+        compiled.names(frozenset(compiled.program.droppable) - kept),
+        lean,
+    )
