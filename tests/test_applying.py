@@ -43,6 +43,11 @@ def test_gradients_are_bitwise_those_without_a_plan(
     model, batch = make(name, attention=attention)
     model.to(dtype)
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    # A plan turns caches off, as transformers' own checkpointing does. A cache copies keys and
+    # values, and some processors round products with the copies, which lie otherwise, otherwise.
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False
     expected = gradients(model, batch)
     with apply(tight(model, batch), model):
         assert equal(gradients(model, batch), expected)

@@ -1,0 +1,178 @@
+"""When a selective region keeps everything after all, and that nothing of it stays alive."""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from memfit.integrations.forwards import MemfitWarning
+from tests.test_replay import Region, an_input, chain, equal, no_collector, replays, shadow, step
+
+Gradients = Callable[..., dict[str, torch.Tensor]]
+
+# -- what keeps everything ----------------------------------------------------------------------
+
+
+def test_shapes_that_depend_on_values_keep_everything() -> None:
+    def route(m: Any, x: torch.Tensor) -> Any:
+        rows = (x[:, 0] > 0).nonzero().flatten()
+        return x.index_add(0, rows, (x[rows] @ m.weight).sin())
+
+    region = Region(route)
+    xs = [an_input(seed=s) for s in range(4)]
+    expected = [step(region, x) for x in xs]
+    forward = shadow(region)
+    with pytest.warns(MemfitWarning, match="Region keeps everything: .*nonzero") as caught:
+        assert equal(step(region, xs[0]), expected[0])
+        assert equal(step(region, xs[1]), expected[1])
+    assert len(caught) == 1 and replays(forward) == [None]
+
+
+def test_a_choice_that_cannot_be_repeated_is_kept() -> None:
+    def route(m: Any, x: torch.Tensor) -> Any:
+        weights, chosen = (x @ m.weight).softmax(-1).topk(2)
+        return x.gather(1, chosen).sin() * weights
+
+    region = Region(route)
+    expected = step(region)
+    shadow(region)
+    with pytest.warns(MemfitWarning, match=r"keeps topk.* against the plan"):
+        assert equal(step(region), expected)
+    assert equal(step(region), expected)
+
+
+def test_names_that_are_unknown_are_told_once() -> None:
+    region = Region(chain)
+    shadow(region, "nowhere", "exp")
+    with pytest.warns(MemfitWarning, match="Region has no nowhere"):
+        step(region)
+    step(region)
+
+
+def test_forwards_that_are_not_as_recorded_keep_everything() -> None:
+    turn = [0]
+
+    def unsteady(m: Any, x: torch.Tensor) -> Any:
+        turn[0] += 1
+        x = (x @ m.weight).sin()
+        for _ in range(turn[0] // 2 % 2):
+            x = x.exp()
+        return x.cos()
+
+    region, plain = Region(unsteady), Region(unsteady)
+    forward = shadow(region, "sin")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            found = []
+            for module in (plain, region):
+                before = list(turn)
+                found.append(step(module))
+                turn[:] = before
+            turn[0] += 1
+            assert equal(*found)
+    assert [str(w.message) for w in caught if "did not save" in str(w.message)]
+    assert len([w for w in caught if w.category is MemfitWarning]) == 1
+    assert forward._mismatches == 3
+
+
+def test_arguments_that_hide_tensors_keep_everything() -> None:
+    class Opaque:
+        tensor = torch.ones(8)
+
+    class Takes(nn.Module):
+        def forward(self, x: torch.Tensor, other: Opaque) -> Any:
+            return (x * other.tensor).sin()
+
+    region = Takes()
+    forward = shadow(region)
+    with pytest.warns(MemfitWarning, match="Takes keeps everything: it is given a Opaque"):
+        region(an_input(), Opaque()).sum().backward()
+    assert not replays(forward)
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def test_what_is_dropped_is_gone_after_the_forward() -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def watched(m: Any, x: torch.Tensor) -> Any:
+        y = (x @ m.weight).sin()
+        z = (y * y).exp()
+        alive[:] = [weakref.ref(t.untyped_storage()) for t in (y, z)]
+        return z.cos()
+
+    region = Region(watched)
+    shadow(region, "exp")
+    with no_collector():
+        for _ in range(3):  # the recording forward keeps to the plan, too
+            out = region(an_input())
+            assert [r() is not None for r in alive] == [False, True]
+            out.sum().backward()
+            del out
+            assert [r() is not None for r in alive] == [False, False]
+
+
+def test_nothing_is_left_after_steps_or_an_error() -> None:
+    fail = [False]
+
+    def maybe(m: Any, x: torch.Tensor) -> Any:
+        y = F.dropout(chain(m, x), 0.5).exp()
+        if fail[0]:
+            raise KeyError("stop")
+        return y * y
+
+    region = Region(maybe)
+    with no_collector():
+        shadow(region, "exp")
+        for _ in range(2):
+            step(region)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            for turn in range(20):
+                fail[0] = turn % 4 == 3
+                try:
+                    region(an_input()).sum().backward(inputs=[region.weight])
+                except KeyError:
+                    pass
+                region.weight.grad = None
+        session = profiler.profiler
+        assert session is not None and session.kineto_results is not None
+        events = [e for e in session.kineto_results.events() if e.name() == "[memory]"]
+        assert events and sum(e.nbytes() for e in events) == 0
+
+
+def test_a_recording_that_fails_leaves_nothing() -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def fails(m: Any, x: torch.Tensor) -> Any:
+        y = (x @ m.weight).sin().exp()
+        alive.append(weakref.ref(y.untyped_storage()))
+        raise KeyError("stop")
+
+    region = Region(fails)
+    region.inner = nn.Linear(2, 2)
+    forward = shadow(region)
+    with no_collector():
+        for _ in range(2):
+            with pytest.raises(KeyError):
+                region(an_input())
+        assert not any(r() for r in alive)
+        assert not region.inner._forward_hooks and not replays(forward)
+
+
+def test_a_model_is_freed_with_its_forward() -> None:
+    region = Region(chain)
+    shadow(region, "exp")
+    gone = weakref.ref(region)
+    step(region)
+    step(region)
+    with no_collector():
+        del region
+        assert gone() is None
