@@ -180,6 +180,8 @@ def measure(request: processes.Request) -> dict[str, Any]:
     """
     warnings.simplefilter("error", MemfitWarning)
     trainer = Trainer.of(Workload(**request["workload"]))
+    if trainer.device == "cpu":
+        torch.set_num_threads(1)  # before planning, which times ops
     rival = _rival_of(request["goal"])
     if "rival_bytes" not in request:
         return _measure_rival(trainer, rival)
@@ -234,8 +236,6 @@ def _measure_times(trainer: Trainer, made: Plan, rival: Rival, rounds: int) -> d
         name: Contestant(trainer.step, partial(switch, name))
         for name in ("unplanned", "rival", "memfit")
     }
-    if trainer.device == "cpu":
-        torch.set_num_threads(1)
     timings = time_steps(contestants, rounds=rounds, warmup=0, device=trainer.device)
     switch("unplanned")
     unplanned, other, own = (timings[name] for name in contestants)

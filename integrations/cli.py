@@ -302,14 +302,16 @@ def _add_solving(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("solving")
     group.add_argument(
         "--costs",
-        choices=("roofline", "measured"),
-        default="roofline",
-        help="seconds from the device table, or from timing every distinct op on the device",
+        choices=("auto", "measured", "roofline"),
+        default="auto",
+        help="seconds from timing every distinct op on the device, or from the device table; auto: "
+        "measured if the device is here",
     )
     group.add_argument(
         "--selective",
-        action="store_true",
-        help="recompute op by op within regions too (experimental)",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute op by op within regions too (default), or regions whole only",
     )
     group.add_argument(
         "--solver",

@@ -38,9 +38,9 @@ def plan(
     optimizer: str | torch.optim.Optimizer | None = None,
     device: str | None = None,
     solver: str = "ilp",
-    costs: str = "roofline",
+    costs: str = "auto",
     keep_outputs: bool = False,
-    selective: bool = False,
+    selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
     progress: Progress | None = None,
@@ -66,14 +66,15 @@ def plan(
     solver
         ``"ilp"`` or a baseline: ``"none"``, ``"full"``, ``"every_2"``, ...
     costs
-        Where the seconds come from: ``"roofline"`` over the device table, or ``"measured"``: every
-        distinct op is run a few times on the device, which must be present.
+        Where the seconds come from: ``"measured"``: every distinct op is run a few times, alone, on
+        the device, which must be present; ``"roofline"`` over the device table; or ``"auto"``:
+        measured where that can be.
     keep_outputs
         Plan for a caller who holds the model's outputs during the backward
         (``out = model(**batch); out.loss.backward()``); by default only the loss is held.
     selective
         Offer the action ``selective``: keep some activations of a region and recompute the others
-        op by op. Experimental: the peak of some steps (T5) is predicted up to 1.6 % too low.
+        op by op. Without it regions are kept or checkpointed whole.
     gap, time_limit_seconds
         When the integer program may stop: once it has proved that no choice saves more than the
         share ``gap`` of the step's seconds, or after so long.
@@ -116,10 +117,12 @@ def plan(
 
 def _priced(step: StepGraph, target: Target, costs: str, say: Progress) -> tuple[StepGraph, str]:
     """The step with seconds, and where they come from in words."""
+    if costs == "auto":
+        costs = "measured" if target.is_present else "roofline"
     if costs == "roofline":
         return price(step, target.device), f"roofline of {target.device.name}"
     if costs != "measured":
-        raise ValueError(f"unknown costs {costs!r}; known are 'roofline' and 'measured'")
+        raise ValueError(f"unknown costs {costs!r}; known are 'auto', 'measured' and 'roofline'")
     say(f"timing ops on {target.device.name}")
     seconds = measured_seconds(step, target.present())
     priced = price(step, target.device, seconds)

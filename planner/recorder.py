@@ -270,7 +270,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _SAVE_NUMBERS and torch.is_grad_enabled():
             self._hold_numbers(args, index)
         elif self.phase is Phase.BACKWARD and func is _aten.add.Tensor:
-            self._add_gradients(arguments, index)
+            self._add_gradients(arguments[0], index)
         if self._stack and any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             self._calls[self._stack[-1]].state = "draws from a generator of its own"
         written = written_tensors(func, args, kwargs)
@@ -292,20 +292,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         )
 
-    def _add_gradients(self, summands: list[torch.Tensor], index: int) -> None:
-        """The engine adds gradients in place when it holds the last reference to one of them.
+    def _add_gradients(self, waiting: torch.Tensor, index: int) -> None:
+        """The engine adds a gradient in place to the one that waits for it, when that is no view.
 
         It never does so for fake tensors (``can_accumulate_inplace`` in torch's input_buffer.cpp).
         A sum that a node makes itself is told apart by the saved tensors that the node still uses.
         """
         if self._in_use:
             return
-        for tensor in summands:
-            storage = self._storage_of(tensor)
-            size = tensor.numel() * tensor.element_size()
-            made = self._node_of(tensor).meta.get("op") == self._storages[storage].born
-            if made and self._storages[storage].size_bytes == size:
-                self._summands.append((storage, index))
+        storage = self._storage_of(waiting)
+        size = waiting.numel() * waiting.element_size()
+        made = self._node_of(waiting).meta.get("op") == self._storages[storage].born
+        if made and self._storages[storage].size_bytes == size:
+            self._summands.append((storage, index))
 
     def _hold_numbers(self, args: tuple[Any, ...], index: int) -> None:
         """A Python number as a factor: autograd saves it as a tensor that no hook sees."""
@@ -402,11 +401,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _settle_sums(self, released: list[int]) -> None:
         """A summand that nothing else keeps becomes the sum: it is not alive beside it."""
         saved = {s.storage for s in self._saved}
-        done: set[int] = set()
         for storage, index in self._summands:
-            of_parameter = self._storages[self._ops[index].outputs[0]].kind is Kind.GRADIENT
-            if index in done or storage in saved or of_parameter:
-                continue
-            if released[storage] == index + 1:
+            if storage not in saved and released[storage] == index + 1:
                 released[storage] = index
-                done.add(index)

@@ -45,7 +45,7 @@ class Task:
         target: Target,
         budget_bytes: int,
         limits: Limits,
-        selective: bool = False,
+        selective: bool = True,
     ) -> "Task":
         regions = find_regions(step)
         options = find_options(step, regions, target.rng_state_bytes, offer_selective=selective)

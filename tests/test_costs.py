@@ -52,6 +52,7 @@ def test_equal_ops_get_equal_measured_seconds(step: StepGraph) -> None:
     seconds = measured_seconds(step, torch.device("cpu"))
     assert seconds.keys() == {op.signature for op in step.ops if op.flops or op.moved_bytes}
     assert all(s > 0 for s in seconds.values())
+    assert measured_seconds(step, torch.device("cpu")) == seconds, "a plan made again is the same"
     priced = price(step, DEVICES["cpu"], seconds)
     assert all(op.seconds == seconds.get(op.signature, 0.0) for op in priced.ops)
     assert priced.seconds == pytest.approx(sum(op.seconds for op in priced.ops))

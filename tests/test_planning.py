@@ -155,11 +155,16 @@ def test_a_plan_for_a_gpu_that_is_not_here(device: str, make: Callable[..., Any]
     assert p.predicted.peak_bytes % 512 == 0
 
 
-def test_measured_costs_say_so(make: Callable[..., Any]) -> None:
+def test_seconds_say_where_they_come_from(make: Callable[..., Any]) -> None:
     model, batch = make("bert", layers=1)
-    assert plan(model, 1 << 40, batch, costs="measured").workload.costs.startswith(
-        "measured on cpu"
-    )
+    for costs, device, said in (
+        ("measured", "cpu", "measured on cpu"),
+        ("auto", "cpu", "measured on cpu"),
+        ("auto", "h100", "roofline of h100"),
+        ("roofline", "cpu", "roofline of cpu"),
+    ):
+        p = plan(model, 1 << 40, batch, costs=costs, device=device)
+        assert p.workload.costs.startswith(said)
     with pytest.raises(DeviceError, match="costs='roofline'"):
         plan(model, 1 << 40, batch, costs="measured", device="h100")
 

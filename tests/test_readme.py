@@ -21,7 +21,7 @@ def test_the_python_example_keeps_its_budget(
     exec(code, names)
     plan = Plan.load("plan.json")
     assert plan == names["p"]
-    assert {region.action for region in plan.regions} == {"keep", "checkpoint"}
+    assert "selective" in {region.action for region in plan.regions}
     assert plan.predicted.peak_bytes <= plan.budget_bytes
 
 
