@@ -23,7 +23,12 @@ class Trainer:
     """Runs steps of one model on one batch."""
 
     def __init__(
-        self, model: nn.Module, batch: Batch, optimizer: str | None = None, device: str = "cpu"
+        self,
+        model: nn.Module,
+        batch: Batch,
+        optimizer: str | None = None,
+        device: str = "cpu",
+        autocast: str | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -31,12 +36,13 @@ class Trainer:
         if optimizer is not None:
             self.optimizer = _OPTIMIZERS[optimizer](model.parameters(), lr=1e-4)
         self.device = device
+        self.autocast: torch.dtype | None = getattr(torch, autocast) if autocast else None
 
     @classmethod
     def of(cls, workload: Workload) -> "Trainer":
         """Builds the workload."""
         model, batch = make(workload)
-        return cls(model, batch, workload.optimizer, workload.device)
+        return cls(model, batch, workload.optimizer, workload.device, workload.autocast)
 
     def before(self, seed: int = 0) -> None:
         """What belongs to no step: the seed, and that there are no gradients."""
@@ -45,7 +51,8 @@ class Trainer:
 
     def backward(self) -> torch.Tensor:
         """Forward and backward. The outputs die before the backward, as in the usual loop."""
-        loss: torch.Tensor = self.model(**self.batch).loss
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            loss: torch.Tensor = self.model(**self.batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

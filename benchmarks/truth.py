@@ -56,6 +56,7 @@ class Row:
     attention: str
     dropout: float
     optimizer: str | None
+    autocast: str | None
     share: float
     at_minimum: bool
     """The share asked for cannot be done; the budget is the smallest that can."""
@@ -124,6 +125,7 @@ def measure(request: processes.Request) -> dict[str, Any]:
             attention=workload.attention,
             dropout=workload.dropout,
             optimizer=workload.optimizer,
+            autocast=workload.autocast,
             share=request["share"],
             at_minimum=at_minimum,
             budget_bytes=made.budget_bytes,
@@ -144,7 +146,13 @@ def _plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
     """The plan for a share of the unplanned step's bytes, or for the least that can be done."""
 
     def plan_into(budget_bytes: int) -> Plan:
-        return plan(trainer.model, budget_bytes, trainer.batch, optimizer=trainer.optimizer)
+        return plan(
+            trainer.model,
+            budget_bytes,
+            trainer.batch,
+            optimizer=trainer.optimizer,
+            autocast=trainer.autocast,
+        )
 
     unplanned = plan_into(2**60).predicted
     dynamic = unplanned.unplanned_peak_bytes - unplanned.resident_bytes
@@ -212,7 +220,14 @@ def main() -> int:
     size, shares = ("tiny", QUICK_BUDGETS) if arguments.quick else ("small", BUDGETS)
     shares = arguments.budgets or shares
     workloads = [
-        Workload(model, attention, dropout, size=size, optimizer=arguments.optimizer)
+        Workload(
+            model,
+            attention,
+            dropout,
+            size=size,
+            optimizer=arguments.optimizer,
+            autocast=arguments.autocast,
+        )
         for model in arguments.models
         for attention in arguments.attention
         for dropout in arguments.dropout
@@ -223,7 +238,7 @@ def main() -> int:
     code = conclude(rows, lost)
     full_table = len(MODELS) * len(ATTENTIONS) * len(BUDGETS) * len(arguments.dropout)
     if not arguments.quick and DROPOUT in arguments.dropout and len(rows) == full_table:
-        name = "-".join(filter(None, ["truth-cpu", arguments.optimizer]))
+        name = "-".join(filter(None, ["truth-cpu", arguments.optimizer, arguments.autocast]))
         write_results(name, "cpu", [record(r) for r in rows], time.perf_counter() - begin)
     return code
 
@@ -235,6 +250,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dropout", nargs="+", type=float, default=[DROPOUT], metavar="P")
     parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="its step is part of the step")
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="of the forward")
     parser.add_argument("--quick", action="store_true", help="tiny models, two budgets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time")
     parser.add_argument(processes.ALONE, help=argparse.SUPPRESS)

@@ -30,6 +30,7 @@ class Workload:
     dtype: str = "float32"
     device: str = "cpu"
     optimizer: str | None = None
+    autocast: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         costs=options.costs,
         selective=options.selective,
         keep_outputs=options.keep_outputs,
+        autocast=options.autocast,
         gap=options.gap,
         time_limit_seconds=options.time_limit,
         progress=progress,
@@ -292,6 +293,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         "--keep-outputs",
         action="store_true",
         help="plan for a loop that holds the model's outputs during the backward",
+    )
+    group.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="the forward runs under torch.autocast with this dtype",
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with the config"

@@ -6,7 +6,7 @@ only looked at when something else has imported it.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest import mock
 
@@ -26,8 +26,10 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "autocast_off",
     "fake_tensors_look_real",
     "flops_of",
+    "forward_autocast",
     "function_caches_off",
     "new_fake",
     "real_execution",
@@ -94,6 +96,33 @@ def function_caches_off() -> Iterator[None]:
         return
     with mock.patch.object(imported, "is_torchdynamo_compiling", lambda: True):
         yield
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Leaves the caller's autocast."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def forward_autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """``torch.autocast`` that forgets its casts at its end, if there is a dtype.
+
+    The cache of casts is one for the whole thread and is emptied only when the outermost autocast
+    ends, which may be the caller's; goes when each context has its own.
+    """
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(device_type, dtype):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 def run_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,8 +7,9 @@ eager autograd saves; tracers and joint graphs report others. Depends on the rec
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy
@@ -17,7 +18,9 @@ from torch import nn
 
 from memfit.planner._compat import (
     FakeTensorMode,
+    autocast_off,
     fake_tensors_look_real,
+    forward_autocast,
     function_caches_off,
     new_fake,
 )
@@ -38,13 +41,15 @@ def capture(
     *,
     optimizer: OptimizerFactory | None = None,
     keep_outputs: bool = False,
+    autocast: torch.dtype | None = None,
     modes: Sequence[Any] = (),
 ) -> StepGraph:
     """Records one training step of ``model`` on ``batch`` (a dict or a tuple of arguments).
 
     ``optimizer`` makes the optimizer of the fake parameters; ``keep_outputs`` holds the model's
-    outputs until the end of the step as a caller who keeps them in a variable does; ``modes`` are
-    torch function modes entered around the step (kernels of another device).
+    outputs until the end of the step as a caller who keeps them in a variable does; the forward
+    runs under ``torch.autocast`` with the dtype ``autocast``; ``modes`` are torch function modes
+    entered around the step (kernels of another device).
 
     Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
     tensors cannot know.
@@ -58,13 +63,15 @@ def capture(
             torch.random.fork_rng(devices=[]),
             torch.inference_mode(False),
             torch.enable_grad(),
+            autocast_off(),
             fake_tensors_look_real(),
             function_caches_off(),
         ):
             twin = _fake_twin(model, mode, recorder)
             arguments = _fake_batch(batch, mode, recorder)
             _follow_calls(twin, recorder)
-            _run_step(twin, arguments, mode, recorder, optimizer, keep_outputs, modes)
+            forward = partial(_forward, twin, arguments, autocast)
+            _run_step(twin, forward, mode, recorder, optimizer, keep_outputs, modes)
     except UnknownValue as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured: {error.module or 'the model'}"
@@ -184,7 +191,7 @@ class _Watch:
 
 def _run_step(
     twin: nn.Module,
-    batch: BatchArguments,
+    forward: Callable[[], Any],
     mode: FakeTensorMode,
     recorder: Recorder,
     optimizer: OptimizerFactory | None,
@@ -199,7 +206,7 @@ def _run_step(
             stack.enter_context(context)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
         with hooks:
-            outputs = _forward(twin, batch)
+            outputs = forward()
             loss = loss_of(outputs, twin)
         if not keep_outputs:
             del outputs
@@ -213,9 +220,11 @@ def _run_step(
             optimizer.run(update)
 
 
-def _forward(twin: nn.Module, batch: BatchArguments) -> Any:
+def _forward(twin: nn.Module, batch: BatchArguments, autocast: torch.dtype | None) -> Any:
+    kind = next(twin.parameters()).device.type
     try:
-        return twin(**batch) if isinstance(batch, Mapping) else twin(*batch)
+        with forward_autocast(kind, autocast):
+            return twin(**batch) if isinstance(batch, Mapping) else twin(*batch)
     except UnknownValue:
         raise
     except Exception as error:

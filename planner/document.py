@@ -57,6 +57,8 @@ class Workload:
     """Where the seconds come from."""
     keep_outputs: bool
     """Whether the caller holds the model's outputs during the backward."""
+    autocast: str | None = None
+    """Dtype of the autocast under which the forward runs."""
     notes: tuple[str, ...] = ()
     """Assumptions, for people."""
 

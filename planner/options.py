@@ -8,8 +8,9 @@ records, on ``recompute`` for what an option does, and on the solver's records.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def build_problem(
 ) -> solver.Problem:
     """The problem whose rows say what the simulator will say, for any choice of the options."""
     builder = _Builder(step, regions, options, allocation_bytes)
-    windows = _windows(step, regions)
+    windows = _windows(step, regions, builder.cuts())
     shared = builder.shared(windows)
     moments = tuple(
         solver.Moment(w.name, builder.base_bytes(w), w.stored, w.region, w.phase) for w in windows
@@ -145,6 +146,10 @@ class _Builder:
         workspace = np.array([op.workspace_bytes for op in self._step.ops], dtype=np.int64)
         return np.cumsum(changes[:-1]) + workspace
 
+    def cuts(self) -> set[int]:
+        """Clocks from which on options decide about a storage that was certain until then."""
+        return {int(self._certain[storage]) for storage in self._common}
+
     def base_bytes(self, window: _Window) -> int:
         """What an option of the region at work adds to; the most alive where no region works."""
         if window.region is None:
@@ -220,8 +225,11 @@ class _Builder:
         return before + int((np.cumsum(changes[:-1]) + workspace).max(initial=0))
 
 
-def _windows(step: StepGraph, regions: Sequence[Region]) -> list[_Window]:
-    """The step cut into the regions' forwards and backwards and what lies between, in order."""
+def _windows(step: StepGraph, regions: Sequence[Region], cuts: Collection[int]) -> list[_Window]:
+    """The step cut into the regions' forwards and backwards and what lies between, in order.
+
+    What lies between is cut again at ``cuts``.
+    """
     spans: list[tuple[int, int, int, solver.Phase]] = []
     for r, region in enumerate(regions):
         spans.append((region.start, region.stop, r, "forward"))
@@ -231,18 +239,23 @@ def _windows(step: StepGraph, regions: Sequence[Region]) -> list[_Window]:
     end = len(step.ops)
     for start, stop, r, phase in sorted(spans):
         start = max(start, clock)
-        if start > clock:
-            windows.append(_between(step, regions, clock, start))
+        windows += _between(step, regions, clock, start, cuts)
         stored = r if phase == "forward" else _stored(regions, start, exclude=r)
         name = f"{phase} of {regions[r].name}"
         windows.append(_Window(start, max(start + 1, stop), stored, r, phase, name))
         clock = max(clock, stop)
-    if clock < end:
-        windows.append(_between(step, regions, clock, end))
+    windows += _between(step, regions, clock, end, cuts)
     return windows
 
 
-def _between(step: StepGraph, regions: Sequence[Region], start: int, stop: int) -> _Window:
+def _between(
+    step: StepGraph, regions: Sequence[Region], start: int, stop: int, cuts: Collection[int]
+) -> Iterator[_Window]:
+    ends = sorted({start, stop, *(c for c in cuts if start < c < stop)})
+    return (_outside(step, regions, a, b) for a, b in pairwise(ends))
+
+
+def _outside(step: StepGraph, regions: Sequence[Region], start: int, stop: int) -> _Window:
     phase = step.ops[start].phase
     before = [r.name for r in regions if r.stop <= start]
     name = phase.value

@@ -40,6 +40,7 @@ def plan(
     solver: str = "ilp",
     costs: str = "auto",
     keep_outputs: bool = False,
+    autocast: str | torch.dtype | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -72,6 +73,9 @@ def plan(
     keep_outputs
         Plan for a caller who holds the model's outputs during the backward
         (``out = model(**batch); out.loss.backward()``); by default only the loss is held.
+    autocast
+        ``"bfloat16"`` or ``"float16"`` when the forward runs under ``torch.autocast`` with that
+        dtype. Left out, what is switched on around the call of ``plan``.
     selective
         Offer the action ``selective``: keep some activations of a region and recompute the others
         op by op. Without it regions are kept or checkpointed whole.
@@ -95,8 +99,14 @@ def plan(
     arguments, batch_note = _arguments(model, batch)
     factory = optimizer_factory(optimizer, model, foreach=target.device.kind == "cuda")
     say(f"capturing a training step of {type(model).__name__}")
+    cast_to = target.autocast_dtype(autocast)
     step = capture(
-        model, arguments, optimizer=factory, keep_outputs=keep_outputs, modes=target.modes()
+        model,
+        arguments,
+        optimizer=factory,
+        keep_outputs=keep_outputs,
+        autocast=cast_to,
+        modes=target.modes(),
     )
     step = target.with_workspace(step)
     step, costs = _priced(step, target, costs, say)
@@ -110,6 +120,7 @@ def plan(
         device=target.device.name,
         costs=costs,
         keep_outputs=keep_outputs,
+        autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
         notes=tuple(n for n in (batch_note, *target.notes, *step.notes) if n),
     )
     return _write_plan(task, outcome, model, workload)

@@ -49,6 +49,7 @@ def _facts(plan: Plan) -> str:
     facts = {
         "model": _model(plan),
         "batch": _listed(_tensor(name, spec) for name, spec in plan.workload.batch.items()),
+        "autocast": plan.workload.autocast or "",
         "optimizer": plan.workload.optimizer or "none: forward and backward only",
         "device": f"{plan.workload.device}, times: {plan.workload.costs}",
         "budget": f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",

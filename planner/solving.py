@@ -14,7 +14,7 @@ from memfit.planner.regions import Region, find_regions
 from memfit.planner.simulate import Timeline, simulate
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.target import Target
-from memfit.solvers import SOLVERS, Limits, Problem, Solution, flat_ilp
+from memfit.solvers import SOLVERS, Limits, Problem, Solution, Status, flat_ilp
 
 # How often a choice whose simulated peak misses the budget is solved again.
 TIGHTENINGS = 8
@@ -67,6 +67,10 @@ class Task:
 
     def _within_budget(self) -> Outcome | None:
         """The fastest choice that the simulator lets pass; None when the rows allow none."""
+        keep = self.simulate(SOLVERS["none"](self.problem, self.limits))
+        if keep.timeline.peak_bytes <= self.problem.budget_bytes:
+            kept = replace(keep.solution, solver="ilp", status=Status.OPTIMAL, gap=0.0)
+            return replace(keep, solution=kept)
         aim = self.problem.budget_bytes
         for _ in range(TIGHTENINGS):
             outcome = self._by("ilp", replace(self.problem, budget_bytes=aim))

@@ -22,6 +22,7 @@ _NOMINAL_GPU = "a100-80gb"
 # Size of a saved CPU generator state, which torch.utils.checkpoint stores for each region. That of
 # a GPU is kept in host memory too.
 _CPU_RNG_STATE_BYTES = 5056
+_AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,24 @@ class Target:
                 "on it; use costs='roofline'"
             )
         return torch.device(self.device.kind)
+
+    def autocast_dtype(self, name: str | torch.dtype | None) -> torch.dtype | None:
+        """Reads the ``autocast`` argument of ``plan``: by default what is switched on here."""
+        kind = self.device.kind
+        if name is None and torch.is_autocast_enabled(kind):
+            name = torch.get_autocast_dtype(kind)
+        if name is None:
+            return None
+        dtype = getattr(torch, name, None) if isinstance(name, str) else name
+        if dtype not in _AUTOCAST_DTYPES:
+            raise ValueError(f"autocast is {name!r}; known are 'bfloat16' and 'float16'")
+        if self.emulated:
+            raise devices.DeviceError(
+                f"autocast casts other ops on {self.device.name!r} than on the CPU that stands in "
+                "for it, so it can be planned with the model on the device only; for a device that "
+                "is not here, plan a model of that dtype (dtype=torch.bfloat16)"
+            )
+        return dtype
 
     def modes(self) -> tuple[Any, ...]:
         """Function modes under which the step is captured."""

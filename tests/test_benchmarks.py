@@ -51,6 +51,13 @@ def test_predictions_are_true_with_an_optimizer() -> None:
     assert len(table_rows(output)) == 1
 
 
+def test_predictions_are_true_under_autocast() -> None:
+    which = ("--quick", "--models", "llama", "--attention", "eager", "--budgets", "0.6")
+    code, output = run_script("truth.py", *which, "--autocast", "bfloat16")
+    assert code == 0, output
+    assert len(table_rows(output)) == 1
+
+
 def test_predictions_are_true_without_dropout() -> None:
     which = ("--quick", "--models", "bert", "--attention", "sdpa", "--budgets", "0.9")
     code, output = run_script("truth.py", *which, "--dropout", "0", "0.1")

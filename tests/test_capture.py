@@ -168,7 +168,7 @@ def test_kept_outputs_live_through_the_backward(make: Callable[..., Any]) -> Non
 
 
 def test_gradients_are_summed_in_place_unless_a_view_waits(make: Callable[..., Any]) -> None:
-    """The gradient that waits for another is a view when a linear layer with a tied weight made it."""
+    """A linear layer makes the gradient of its weight as a view, here of a weight that is tied."""
     model, batch = make("t5")
     step = capture(model, batch)
     beside: dict[bool, list[int]] = {True: [], False: []}

@@ -169,6 +169,23 @@ def test_seconds_say_where_they_come_from(make: Callable[..., Any]) -> None:
         plan(model, 1 << 40, batch, costs="measured", device="h100")
 
 
+def test_autocast_is_planned_for(make: Callable[..., Any]) -> None:
+    model, batch = make("llama")
+    plain = plan(model, 1 << 40, batch)
+    p = plan(model, 1 << 40, batch, autocast="bfloat16")
+    assert (plain.workload.autocast, p.workload.autocast) == (None, "bfloat16")
+    assert p.predicted.unplanned_peak_bytes != plain.predicted.unplanned_peak_bytes
+    with torch.autocast("cpu", torch.bfloat16):
+        around = plan(model, 1 << 40, batch)
+        off = plan(model.to(torch.bfloat16), 1 << 40, batch, device="h100")
+    assert replace(around, solver=p.solver) == p
+    assert off.workload.autocast is None
+    with pytest.raises(ValueError, match="autocast is 'int8'; known are 'bfloat16'"):
+        plan(model, 1 << 40, batch, autocast="int8")
+    with pytest.raises(DeviceError, match="plan a model of that dtype"):
+        plan(model, 1 << 40, batch, autocast="bfloat16", device="h100")
+
+
 def test_wrong_arguments_name_the_way_out(make: Callable[..., Any]) -> None:
     model, batch = make("bert", layers=1)
     with pytest.raises(OptimizerError, match="unknown optimizer 'adamm'"):
