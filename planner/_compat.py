@@ -5,12 +5,13 @@ only looked at when something else has imported it.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -30,7 +31,7 @@ __all__ = [
     "fake_tensors_look_real",
     "flops_of",
     "forward_autocast",
-    "function_caches_off",
+    "function_caches_apart",
     "new_fake",
     "real_execution",
     "run_fake",
@@ -84,18 +85,55 @@ def fake_tensors_look_real() -> Iterator[None]:
 
 
 @contextmanager
-def function_caches_off() -> Iterator[None]:
-    """Keeps fake tensors out of the caches that transformers has on functions and classes.
+def function_caches_apart(model: nn.Module, adopt: Callable[[Any], Any]) -> Iterator[None]:
+    """Runs the cached functions of transformers as if their caches, left alone, were warm.
 
     ``compile_compatible_method_lru_cache`` steps aside only while dynamo compiles; a cached fake
-    tensor would turn up in the real model. Goes when the cache can be switched off.
+    tensor would turn up in the real model. But a step after the first finds its tensors in the
+    cache, where they are part of no region. So they are made for real, once, and ``adopt`` turns
+    them into fakes. Goes when the cache can be looked into.
     """
     imported = sys.modules.get("transformers.pytorch_utils")
     if imported is None:
         yield
         return
-    with mock.patch.object(imported, "is_torchdynamo_compiling", lambda: True):
+    with ExitStack() as stack:
+        for cell in _cached_functions(model, imported):
+            stack.callback(setattr, cell, "cell_contents", cell.cell_contents)
+            cell.cell_contents = _warm(cell.cell_contents, adopt)
+        stack.enter_context(mock.patch.object(imported, "is_torchdynamo_compiling", lambda: True))
         yield
+
+
+def _cached_functions(model: nn.Module, imported: Any) -> list[Any]:
+    """The cells that hold the functions behind the caches, in the modules that define ``model``."""
+    code = imported.compile_compatible_method_lru_cache()(abs).__code__
+    names = {kind.__module__ for m in model.modules() for kind in type(m).__mro__}
+    found = []
+    for name in sorted(names & sys.modules.keys()):
+        values = list(vars(sys.modules[name]).values())
+        values += [v for kind in values if isinstance(kind, type) for v in vars(kind).values()]
+        functions = {id(f): f for f in (getattr(v, "__func__", v) for v in values)}.values()
+        cached = [f for f in functions if getattr(f, "__code__", None) is code]
+        found += [f.__closure__[code.co_freevars.index("func")] for f in cached]
+    return found
+
+
+def _warm(function: Callable[..., Any], adopt: Callable[[Any], Any]) -> Callable[..., Any]:
+    known: dict[object, Any] = {}
+
+    def warm(*args: Any, **kwargs: Any) -> Any:
+        # Tensors and modules are fakes here, and the cache knows them by identity.
+        if any(isinstance(a, (torch.Tensor, nn.Module)) for a in (*args, *kwargs.values())):
+            return function(*args, **kwargs)
+        key = args, tuple(kwargs.items())
+        if key not in known:
+            with real_execution():
+                made = function(*args, **kwargs)
+            known[key] = adopt(made)
+        return known[key]
+
+    return warm
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from memfit.planner._compat import (
     autocast_off,
     fake_tensors_look_real,
     forward_autocast,
-    function_caches_off,
+    function_caches_apart,
     new_fake,
 )
 from memfit.planner.caching import caching_modules, without_cache
@@ -65,7 +65,7 @@ def capture(
             torch.enable_grad(),
             autocast_off(),
             fake_tensors_look_real(),
-            function_caches_off(),
+            function_caches_apart(model, recorder.shadows.adopt),
         ):
             twin = _fake_twin(model, mode, recorder)
             arguments = _fake_batch(batch, mode, recorder)

@@ -65,7 +65,7 @@ class Shadows:
         except DATA_DEPENDENT_ERRORS as error:
             if not known:
                 raise UnknownValue(str(func)) from error
-            return self._adopt(self._run_real(func, args, kwargs))
+            return self.adopt(self._run_real(func, args, kwargs))
         results = list(tensors_in(out))
         if known and results and all(_is_small(t) for t in results):
             for fake, value in zip(
@@ -91,13 +91,14 @@ class Shadows:
             return {key: self._real(v) for key, v in value.items()}
         return value
 
-    def _adopt(self, value: Any) -> Any:
+    def adopt(self, value: Any) -> Any:
+        """``value`` with a fake tensor that knows its values in place of every real one."""
         if isinstance(value, torch.Tensor):
             fake = self._mode.from_tensor(value)
             self.set(fake, value)
             return fake
         if isinstance(value, (tuple, list)):
-            return type(value)(self._adopt(v) for v in value)
+            return type(value)(self.adopt(v) for v in value)
         return value
 
 

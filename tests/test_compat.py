@@ -1,8 +1,11 @@
 """Each shim over a private or surprising part of torch and transformers does what it says."""
 
+import sys
+
 import pytest
 import torch
 import transformers.utils.import_utils as import_utils
+from torch import nn
 
 from memfit.planner import _compat
 from memfit.planner.budget import BudgetError
@@ -47,19 +50,32 @@ def test_fake_tensors_look_real_to_transformers_for_a_while() -> None:
     assert import_utils.is_tracing(fake)
 
 
-def test_caches_on_functions_of_transformers_get_no_fake_tensors() -> None:
+def test_caches_on_functions_of_transformers_get_no_fake_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from transformers.pytorch_utils import compile_compatible_method_lru_cache
 
     calls = []
 
     @compile_compatible_method_lru_cache(maxsize=2)  # type: ignore[untyped-decorator]
-    def cached() -> int:
-        calls.append(1)
-        return len(calls)
+    def cached(size: int) -> torch.Tensor:
+        calls.append(size)
+        return torch.ones(size)
 
-    with _compat.function_caches_off():
-        assert (cached(), cached()) == (1, 2)
-    assert (cached(), cached()) == (3, 3)
+    class Model(nn.Module):
+        count = staticmethod(cached)
+
+    monkeypatch.setattr(sys.modules[__name__], "Model", Model, raising=False)
+    unseen = compile_compatible_method_lru_cache()(lambda: len(calls))
+    with _compat.FakeTensorMode() as mode:
+        with _compat.function_caches_apart(Model(), mode.from_tensor):
+            made = [cached(1), cached(1), cached(2)]
+            assert all(isinstance(t, _compat.FakeTensor) for t in made)
+            assert calls == [1, 2] and made[0] is made[1]
+            assert unseen() == 2
+    calls.append(3)
+    assert unseen() == 3
+    assert type(cached(1)) is torch.Tensor and calls == [1, 2, 3, 1]
 
 
 def test_grouped_products_run_on_fake_tensors_of_any_dtype() -> None:
