@@ -15,7 +15,9 @@ from torch import fx
 
 from memfit.planner.step_graph import StepGraph
 
-_RUNS = 3
+# An op runs so often, or until it has taken so long; the first run of a short one warms up.
+_RUNS = 4
+_ENOUGH_SECONDS = 0.1
 # By device and threads, then by signature: a plan that is made again is the same plan, and of two
 # budgets the larger never looks slower. None for an op that cannot run alone.
 _KNOWN: dict[tuple[str, int], dict[str, float | None]] = defaultdict(dict)
@@ -43,7 +45,10 @@ def _time_node(node: fx.Node, device: torch.device) -> float | None:
     try:
         args, kwargs = _real((node.args, node.kwargs), device)
         run = _on_cuda if device.type == "cuda" else _on_cpu
-        return min(run(lambda: function(*args, **kwargs)) for _ in range(_RUNS + 1))
+        taken: list[float] = []
+        while len(taken) < _RUNS and sum(taken) < _ENOUGH_SECONDS:
+            taken.append(run(lambda: function(*args, **kwargs)))
+        return min(taken)
     except (RuntimeError, TypeError, IndexError, ValueError):
         # An op whose arguments cannot be made up (indices into a table, a generator): the caller
         # prices it by the roofline and says so.
@@ -85,9 +90,13 @@ def _tensor(node: fx.Node, device: torch.device) -> torch.Tensor:
 def made_up(
     shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """A tensor of random numbers (zeros for integers), of overlapping strides too."""
+    """A tensor of fractions (zeros for integers), of overlapping strides too.
+
+    Random on a GPU, where equal numbers take less power and so less time; on a CPU it would take
+    longer to draw them than to run the op.
+    """
     elements = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     flat = torch.zeros(elements if 0 not in shape else 0, dtype=dtype, device=device)
     if dtype.is_floating_point:
-        flat.uniform_()
+        flat.uniform_() if device.type == "cuda" else flat.fill_(0.5)
     return flat.as_strided(shape, stride)

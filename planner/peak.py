@@ -8,6 +8,9 @@ from memfit.planner.regions import Region
 from memfit.planner.simulate import Timeline
 from memfit.planner.step_graph import Phase, StepGraph
 
+# What no storage of the step stands for.
+_OF_THE_PLAN = "generator states and samples"
+
 
 @dataclass(frozen=True, slots=True)
 class Peak:
@@ -23,7 +26,7 @@ def describe_peak(step: StepGraph, regions: Sequence[Region], timeline: Timeline
     slot = timeline.peak_slot
     alive: Counter[str] = Counter()
     for storage, size in timeline.alive_at(slot):
-        alive[step.storages[storage].kind.value if storage >= 0 else "generator state"] += size
+        alive[step.storages[storage].kind.value if storage >= 0 else _OF_THE_PLAN] += size
     op = int(timeline.ops[slot])
     if step.ops[op].workspace_bytes:
         alive["workspace"] += step.ops[op].workspace_bytes

@@ -176,3 +176,15 @@ def test_a_model_is_freed_with_its_forward() -> None:
     with no_collector():
         del region
         assert gone() is None
+
+
+def test_a_compiled_model_runs_its_regions_as_they_are() -> None:
+    region = Region(chain)
+    expected = step(region)
+    model = nn.Sequential(nn.Identity(), region)
+    forward = shadow(region, "exp")
+    model.compile(backend="aot_eager")
+    for _ in range(2):
+        assert equal(step(model), expected)
+    (replay,) = replays(forward)
+    assert replay is not None and replay.dropped

@@ -58,7 +58,7 @@ def make_plan(*regions: document.RegionPlan) -> document.Plan:
                 "optimizer state": 9 * GIB,
                 "activation": 9 * GIB,
                 "parameter": 5 * GIB - 64 * 1024,
-                "generator state": 32 * 1024,
+                "generator states and samples": 32 * 1024,
                 "batch": 32 * 1024,
             },
         ),
