@@ -129,8 +129,7 @@ def _warm(function: Callable[..., Any], adopt: Callable[[Any], Any]) -> Callable
         key = args, tuple(kwargs.items())
         if key not in known:
             with real_execution():
-                made = function(*args, **kwargs)
-            known[key] = adopt(made)
+                known[key] = adopt(function(*args, **kwargs))
         return known[key]
 
     return warm

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from memfit.planner.capture import capture
@@ -225,3 +226,15 @@ def _no_cache(model: nn.Module) -> dict[str, bool]:
     return (
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
+
+
+def test_what_functions_cache_is_there_before_the_step() -> None:
+    config = transformers.BeitConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        image_size=32, patch_size=8, use_relative_position_bias=True,
+    )  # fmt: skip
+    model = transformers.BeitForImageClassification(config)
+    batch = {"pixel_values": torch.ones(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    index_bytes = (4 * 4 + 1) ** 2 * 8
+    found = [s.kind for s in capture(model, batch).storages if s.size_bytes == index_bytes]
+    assert found == [Kind.CONSTANT], "layers share one index, which the first step ever makes"
