@@ -16,7 +16,7 @@ from memfit.planner.selective import RegionProgram, region_program, selective
 from memfit.planner.step_graph import StepGraph
 
 # Selective options of a region: fewer where there are many regions, since these mix.
-_FEWEST, _MOST, _IN_ALL = 8, 30, 360
+_FEWEST, _MOST, _IN_ALL = 8, 60, 960
 
 
 def find_options(
