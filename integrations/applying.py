@@ -6,17 +6,19 @@ on the planner's plan and fingerprint, the forwards of the actions, and torch; t
 recognised by its attributes, never imported.
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from memfit.integrations.forwards import ApplyError as ApplyError
-from memfit.integrations.forwards import CheckpointedForward, PlannedForward
+from memfit.integrations.forwards import CheckpointedForward, PlannedForward, TurnsForward
 from memfit.integrations.selective import SelectiveForward
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
-from memfit.planner.document import ACTIONS, Plan
+from memfit.planner.document import ACTIONS, Plan, RegionPlan
 from memfit.planner.fingerprint import differences, fingerprint
 
 
@@ -40,13 +42,14 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
             f"the plan runs {unknown[0].name} as {unknown[0].action!r}, which this memfit cannot "
             "do; apply it with the memfit that made it, or make a plan with this one"
         )
-    modules = {r.name: _submodule(model, r.name) for r in plan.regions}
-    applied = AppliedPlan(plan, model)
+    turns: dict[str, list[RegionPlan]] = {}
     for region in plan.regions:
-        if region.action == "checkpoint":
-            applied.checkpoint(modules[region.name])
-        elif region.action == "selective":
-            applied.keep_some(modules[region.name], region.keep, region.name)
+        turns.setdefault(region.name, []).append(region)
+    modules = {name: _submodule(model, name) for name in turns}
+    applied = AppliedPlan(plan, model)
+    for name, regions in turns.items():
+        if any(region.action != "keep" for region in regions):
+            applied.shadow(modules[name], regions)
     return applied
 
 
@@ -56,23 +59,27 @@ class AppliedPlan:
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         self.plan = plan
         self._modules: list[nn.Module] = []
-        self._hooks = [model.register_forward_pre_hook(_Guard(model), prepend=True)]
+        self._hooks = [model.register_forward_pre_hook(_Guard(plan, model), prepend=True)]
         self._hooks += [
             m.register_forward_pre_hook(without_cache, with_kwargs=True)
             for m in caching_modules(model)
         ]
 
-    def checkpoint(self, module: nn.Module) -> None:
-        """Makes one module recompute everything."""
-        self._shadow(module, CheckpointedForward(module, module.__dict__.get("forward")))
-
-    def keep_some(self, module: nn.Module, keep: tuple[str, ...], name: str) -> None:
-        """Makes one module keep the tensors ``keep`` and recompute the others."""
+    def shadow(self, module: nn.Module, turns: Sequence[RegionPlan]) -> None:
+        """Gives a module the forwards of its turns: as many as it is called in a step."""
         shadowed = module.__dict__.get("forward")
-        self._shadow(module, SelectiveForward(module, shadowed, keep, name))
-
-    def _shadow(self, module: nn.Module, forward: PlannedForward) -> None:
-        module.__dict__["forward"] = forward
+        known: dict[object, PlannedForward | None] = {("keep", ()): None}
+        for region in turns:
+            key = region.action, region.keep
+            if key not in known:
+                known[key] = _planned_forward(module, shadowed, region)
+        forwards = tuple(known[r.action, r.keep] for r in turns)
+        first, *others = forwards
+        if all(other is first for other in others):
+            assert first is not None
+            module.__dict__["forward"] = first
+        else:
+            module.__dict__["forward"] = TurnsForward(module, shadowed, forwards)
         self._modules.append(module)
 
     def remove(self) -> None:
@@ -97,11 +104,22 @@ class AppliedPlan:
         self.remove()
 
 
-class _Guard:
-    """Runs before each forward of the model: notices checkpointing that was switched on later."""
+def _planned_forward(
+    module: nn.Module, shadowed: Callable[..., Any] | None, region: RegionPlan
+) -> PlannedForward:
+    if region.action == "checkpoint":
+        return CheckpointedForward(module, shadowed)
+    return SelectiveForward(module, shadowed, region.keep, region.name)
 
-    def __init__(self, model: nn.Module) -> None:
+
+class _Guard:
+    """Runs before each forward of the model: notices checkpointing that was switched on later, and
+    lets modules that are called several times begin with the first."""
+
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
         setattr(self, PLANNED_MARKER, True)
+        times = Counter(region.name for region in plan.regions)
+        self._turns = tuple(name for name, count in times.items() if count > 1)
         # Names, not modules: a hook that holds its model would keep it from being freed.
         self._switches = tuple(
             name for name, m in model.named_modules() if hasattr(m, "gradient_checkpointing")
@@ -114,6 +132,10 @@ class _Guard:
                 "plan; call model.activation_checkpointing_disable() to train by the plan, or "
                 "remove() the plan to train with checkpointing"
             )
+        for name in self._turns:
+            forward = model.get_submodule(name).__dict__.get("forward")
+            if isinstance(forward, TurnsForward):
+                forward.restart()
 
 
 def _refuse_other_models(plan: Plan, model: nn.Module) -> None:

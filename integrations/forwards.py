@@ -70,8 +70,8 @@ class PlannedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         module = self._own()
-        shadowed = copy.deepcopy(self._shadowed, memo)
-        return type(self)(memo.get(id(module), module), shadowed, *self._options())
+        shadowed, options = copy.deepcopy((self._shadowed, self._options()), memo)
+        return type(self)(memo.get(id(module), module), shadowed, *options)
 
 
 class CheckpointedForward(PlannedForward):
@@ -82,3 +82,31 @@ class CheckpointedForward(PlannedForward):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+
+
+class TurnsForward(PlannedForward):
+    """A forward for each of the times that a module is called in a step; None runs it as it is."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shadowed: Callable[..., Any] | None,
+        forwards: tuple[PlannedForward | None, ...],
+    ) -> None:
+        super().__init__(module, shadowed)
+        self._forwards = forwards
+        self._turn = 0
+
+    def _options(self) -> tuple[Any, ...]:
+        return (self._forwards,)
+
+    def restart(self) -> None:
+        """The next call is a step's first."""
+        self._turn = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward()(*args, **kwargs)
+        planned = self._forwards[self._turn % len(self._forwards)]
+        self._turn += 1
+        return (planned or self._forward())(*args, **kwargs)

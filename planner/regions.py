@@ -49,6 +49,7 @@ def find_regions(step: StepGraph) -> tuple[Region, ...]:
     calls = sorted(tree.choose(0), key=lambda c: step.calls[c].start) if step.calls else []
     kinds: dict[object, int] = {}
     times = Counter(call.module for call in step.calls)
+    times.subtract(step.calls[call].module for call in calls)
     regions = []
     for call in calls:
         record = step.calls[call]
@@ -155,11 +156,14 @@ def freed_bytes(step: StepGraph, call: int) -> int:
     return sum(s.size_bytes for s in inside)
 
 
-def _why_kept(step: StepGraph, call: int, times: int) -> str:
-    """Why running a call a second time in the backward would not repeat it; empty if it would."""
+def _why_kept(step: StepGraph, call: int, other_calls: int) -> str:
+    """Why a call cannot be run a second time in the backward; empty if it can.
+
+    ``other_calls`` is how often its module is called beside the calls that are regions.
+    """
     record = step.calls[call]
-    if times > 1:
-        return f"called {times} times in a step"
+    if other_calls:
+        return "called elsewhere in the step, too"
     for inner in step.calls:
         if inner.state and record.start <= inner.start and inner.stop <= record.stop:
             return f"{inner.module} {inner.state}"

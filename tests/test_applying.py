@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,6 +82,37 @@ def test_what_is_checkpointed_is_what_the_plan_says(
         if handle:
             handle.remove()
     assert counts[1] - counts[0] == expected
+
+
+def test_calls_of_a_shared_module_take_turns(gradients: Callable[..., Any]) -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=100, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    model = transformers.AlbertForSequenceClassification(config)
+    batch = {"input_ids": torch.arange(32).reshape(2, 16), "labels": torch.tensor([0, 1])}
+    expected = gradients(model, batch)
+    p = plan(model, 1 << 50, batch)
+    actions = ["keep", "keep", "checkpoint", "selective", "keep"]
+    regions = [replace(r, action=a) for r, a in zip(p.regions, actions, strict=True)]
+    assert len({r.name for r in regions}) == 2, "embeddings, and the shared layer four times"
+
+    def counted(planned: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            assert equal(gradients(planned, batch), expected)
+        return int(counter.get_total_flops())
+
+    plain = counted(model)
+    with apply(replace(p, regions=tuple(regions)), model):
+        counts = {counted(model), counted(copy.deepcopy(model))}
+        classifier, model.classifier = model.classifier, None
+        with pytest.raises(TypeError):
+            model(**batch)
+        model.classifier = classifier
+        model.albert(batch["input_ids"])
+        counts.add(counted(model))
+    assert len(counts) == 1 and plain < counts.pop() < 2 * plain
+    assert counted(model) == plain
 
 
 def test_only_planned_modules_run_again(make: Callable[..., Any]) -> None:

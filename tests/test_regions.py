@@ -72,9 +72,28 @@ def test_blocks_that_change_buffers_are_kept_and_say_why() -> None:
     assert all("changes a buffer from outside in place" in r.kept_because for r in regions)
 
 
-def test_a_block_called_twice_is_kept_and_says_why() -> None:
+def test_each_call_of_a_shared_block_is_a_region() -> None:
     step = capture(Stack([Block(nn.LayerNorm(16))], times=2), (torch.zeros(4, 16),))
-    assert {r.kept_because for r in find_regions(step)} == {"called 2 times in a step"}
+    first, second = find_regions(step)
+    assert first.name == second.name == "blocks.0" and first.stop <= second.start
+    assert first.kept_because == second.kept_because == ""
+
+
+def test_a_block_that_runs_inside_of_another_too_is_kept_and_says_why() -> None:
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner(x)
+            return y.sin().exp()
+
+    shared = Block(nn.LayerNorm(16))
+    blocks = [shared, Block(nn.LayerNorm(16)), Around(shared)]
+    regions = find_regions(capture(Stack(blocks), (torch.zeros(4, 16),)))
+    reasons = [r.kept_because for r in regions]
+    assert reasons == ["called elsewhere in the step, too", "", ""]
 
 
 def test_parallel_modules_are_no_chain() -> None:
