@@ -6,6 +6,7 @@ Depends on torch and the planner's shims.
 
 import enum
 import functools
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,10 @@ def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
         for name, item in value.items():
             key.append(name)
             _describe(item, key, tensors)
-    elif callable(value) and not hasattr(value, "__self__") and hasattr(value, "__qualname__"):
-        key.append(value)  # a function or a class
+    elif isinstance(value, types.FunctionType) and not (value.__closure__ or value.__defaults__):
+        key += (value.__code__, value.__module__)  # a lambda is another one in every call
+    elif isinstance(value, (type, types.BuiltinFunctionType)):
+        key.append(value)
     else:
         raise Unreadable(f"it is given a {kind.__name__}, whose tensors cannot be told")
 

@@ -181,9 +181,14 @@ _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating point operations of one aten op by torch's own formulas; 0 for those without one.
 
-    Adds CPU flash attention, which ``torch.utils.flop_counter`` lacks in 2.13.
+    Adds CPU flash attention and grouped products, which ``torch.utils.flop_counter`` lacks in 2.13.
     """
     packet = func.overloadpacket
+    if packet is torch.ops.aten._grouped_mm:
+        # The rows, the columns or the summands of one product are split among the groups.
+        rows, columns = args[0].shape, args[1].shape
+        grouped_inside = len(rows) == len(columns) == 3
+        return int(2 * (rows[0] if grouped_inside else 1) * rows[-2] * rows[-1] * columns[-1])
     if packet is _CPU_ATTENTION:
         return int(
             sdpa_flop_count(  # type: ignore[no-untyped-call]

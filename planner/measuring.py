@@ -1,8 +1,9 @@
 """Times every distinct op of a captured step on the device itself.
 
-One op of each signature runs on random tensors of its shapes and strides, alone, so at most one
+One op of each signature runs on made-up tensors of its shapes and strides, alone, so at most one
 op's tensors are allocated at a time; equal ops get equal seconds, for as long as the process runs.
-Depends on the step's records and torch.
+Ops that must not run on made-up numbers are left to the roofline. Depends on the step's records
+and torch.
 """
 
 import time
@@ -42,6 +43,8 @@ def measured_seconds(step: StepGraph, device: torch.device) -> dict[str, float]:
 
 def _time_node(node: fx.Node, device: torch.device) -> float | None:
     function: Any = node.target
+    if _needs_true_values(function):
+        return None
     try:
         args, kwargs = _real((node.args, node.kwargs), device)
         run = _on_cuda if device.type == "cuda" else _on_cpu
@@ -53,6 +56,20 @@ def _time_node(node: fx.Node, device: torch.device) -> float | None:
         # An op whose arguments cannot be made up (indices into a table, a generator): the caller
         # prices it by the roofline and says so.
         return None
+
+
+def _needs_true_values(function: Any) -> bool:
+    """Whether an op takes memory that only its forward can fill, or how much it has to do.
+
+    Made up, the first crashes the process (mkldnn_rnn_layer_backward), the second means no work.
+    Of ops that are not torch's own, nobody knows.
+    """
+    names = (argument.name.lower() for argument in function._schema.arguments)
+    return (
+        function.namespace != "aten"
+        or function.overloadpacket is torch.ops.aten._grouped_mm
+        or any(name.startswith(("workspace", "reserve")) for name in names)
+    )
 
 
 def _on_cpu(run: Callable[[], object]) -> float:

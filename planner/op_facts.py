@@ -50,9 +50,11 @@ def work_dtype(tensors: Iterable[torch.Tensor]) -> str:
 _aten = torch.ops.aten
 _DYNAMIC_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _READS_VALUES = {_aten._local_scalar_dense, _aten.equal}
-# Statistics that move with every run, and decisions: where two values are near, the smallest
-# difference upstream would route a token elsewhere.
+# Statistics that move with every run; decisions: where two values are near, the smallest
+# difference upstream would route a token elsewhere; and a result that is memory for the backward,
+# of which a part is never written.
 _ONCE = {
+    _aten.mkldnn_rnn_layer,
     _aten.native_batch_norm,
     _aten._native_batch_norm_legit,
     _aten._batch_norm_with_update,

@@ -84,6 +84,7 @@ def test_grouped_products_run_on_fake_tensors_of_any_dtype() -> None:
         a, b = torch.zeros(16, 8), torch.zeros(2, 8, 8)
         out = _compat.run_fake(func, (a, b, torch.zeros(2, dtype=torch.int32)), {})
     assert (out.shape, out.dtype) == ((16, 8), torch.float32)
+    assert _compat.flops_of(func, (a, b, None), {}, out) == 2 * 16 * 8 * 8
 
 
 def test_flops_of_cpu_attention_are_those_of_its_two_products() -> None:

@@ -97,6 +97,22 @@ def test_arguments_that_hide_tensors_keep_everything() -> None:
     assert not replays(forward)
 
 
+def test_functions_are_told_by_their_code_and_closures_keep_everything() -> None:
+    class Takes(nn.Module):
+        def forward(self, x: torch.Tensor, f: Callable[..., Any]) -> Any:
+            return f(x).sin()
+
+    region = Takes()
+    forward = shadow(region)
+    for _ in range(3):
+        region(an_input(), lambda x: x.exp()).sum().backward()
+    assert len(replays(forward)) == 1
+    hidden = torch.ones(8)
+    with pytest.warns(MemfitWarning, match="it is given a function"):
+        region(an_input(), lambda x: x * hidden).sum().backward()
+    assert len(replays(forward)) == 1
+
+
 # -- memory -------------------------------------------------------------------------------------
 
 
