@@ -1,11 +1,14 @@
 """What autograd holds in place of the tensors that it saves, where they are kept.
 
-Depends on torch alone.
+Depends on torch and the planner's shims.
 """
 
+import weakref
 from typing import Any, Protocol
 
 import torch
+
+from memfit.planner._compat import storage_key
 
 
 class Packed(Protocol):
@@ -33,6 +36,29 @@ class Box:
         if self.tensor._version != self.version:
             raise modified(self.tensor, self.version)
         return self.tensor
+
+
+class Version:
+    """What a parameter or buffer was in the forward. It may be put away until it is needed again,
+    so that it is not held, but it must be the same one then."""
+
+    __slots__ = ("_storage", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._storage = storage_key(tensor)
+        self._version = tensor._version
+
+    def check(self, tensor: torch.Tensor) -> None:
+        """Raises if ``tensor`` is another one, or was written to."""
+        if self._tensor() is not tensor or storage_key(tensor) != self._storage:
+            raise RuntimeError(
+                f"a parameter or buffer ({tensor.type()} {list(tensor.shape)}) that a memfit plan "
+                "needs to recompute activations was replaced between the forward and its backward; "
+                "replace it before the forward, or remove() the plan"
+            )
+        if tensor._version != self._version:
+            raise modified(tensor, self._version)
 
 
 class Late:

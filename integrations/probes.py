@@ -6,6 +6,7 @@ from notices that. On a CPU the comparison is immediate; on a GPU it would wait 
 it is made up for at the region's next forward. Depends on the records of a forward.
 """
 
+from math import gcd
 from typing import Protocol
 
 import torch
@@ -82,8 +83,10 @@ def _line_through(value: Value) -> tuple[int, int]:
         dense = dense and (size == 1 or stride == count)
         count *= size
     if dense:
-        size = min(SAMPLE_ELEMENTS, count)
-        return size, max(1, count // SAMPLE_ELEMENTS)
+        step = max(1, count // SAMPLE_ELEMENTS)
+        while gcd(step, count) > 1:  # else it would meet the same rows or columns for ever
+            step -= 1
+        return min(SAMPLE_ELEMENTS, count), step
     size = min(SAMPLE_ELEMENTS, count, max(value.shape))
     step = sum(s * (n // size) for s, n in sizes) if size else 1
     return size, step

@@ -6,6 +6,7 @@ arguments, and every tensor as a view of a storage. Depends on the planner's pro
 shims, and on torch.
 """
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,14 @@ from torch import nn
 
 from memfit.integrations.boxes import Box, Late, boxed, unpack
 from memfit.integrations.signatures import Entry
-from memfit.planner._compat import TorchDispatchMode, storage_key
-from memfit.planner.op_facts import is_dynamic, runs_once, written_tensors
+from memfit.planner._compat import TorchDispatchMode, is_wrapped, storage_key
+from memfit.planner.op_facts import is_dynamic, makes_blank, runs_once, written_tensors
 from memfit.planner.program import Instruction, Pack, Program
 from memfit.planner.shadows import tensors_in
 
 _aten = torch.ops.aten
 _MOVES_STORAGE = frozenset({_aten.set_, _aten.resize_, _aten.resize_as_})
+_CONSTANTS = frozenset({_aten.lift_fresh, _aten.lift_fresh_copy})
 _GENERATORS = ("cpu", "cuda")
 
 
@@ -85,10 +87,11 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Why the forward cannot be run again in parts; empty when it can."""
         self.packed: list[Late] = []
         """What autograd saves, in order."""
-        self.states: dict[int, torch.Tensor] = {}
+        self.states: dict[int, bytes] = {}
         """Generator states before each random op."""
         self._module = module
         self._path = [""]
+        self._thread = 0
         self._steps: list[Step] = []
         self._instructions: list[Instruction] = []
         self._packs: list[Pack] = []
@@ -108,6 +111,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def running(self) -> Iterator[None]:
         """Records what runs inside."""
         hooks = []
+        self._thread = threading.get_ident()
         for name, module in self._module.named_modules():
             if name:
                 hooks += self._follow(name, module)
@@ -121,10 +125,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _follow(self, name: str, module: nn.Module) -> list[Any]:
         def enter(*_: Any) -> None:
-            self._path.append(name)
+            if threading.get_ident() == self._thread:
+                self._path.append(name)
 
         def leave(*_: Any) -> None:
-            self._path.pop()
+            if threading.get_ident() == self._thread:
+                self._path.pop()
 
         return [
             module.register_forward_pre_hook(enter),
@@ -182,11 +188,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return index
 
     def _pack(self, tensor: torch.Tensor) -> Box | Late:
-        value = self._value(tensor)
-        self._packs.append(Pack(value.storage, len(self._steps)))
-        self._values.append(value)
         late = Late(boxed(tensor))
         self.packed.append(late)
+        if self._can_follow([tensor]):
+            value = self._value(tensor)
+            self._packs.append(Pack(value.storage, len(self._steps)))
+            self._values.append(value)
         return late
 
     # -- ops -------------------------------------------------------------------------------------
@@ -201,14 +208,23 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.dynamic = f"{func} depends on the values of tensors"
         elif func.overloadpacket in _MOVES_STORAGE:
             self.dynamic = f"{func} changes what a tensor stands on"
+        if func.overloadpacket in _CONSTANTS:
+            return self._make_alone(func, args, kwargs, once=True)
+        if makes_blank(func):
+            return self._make_alone(func, args, kwargs, blank=True)
         arguments = list(tensors_in((args, kwargs)))
+        if not self._can_follow(arguments):
+            return func(*args, **kwargs)
         reads = tuple(dict.fromkeys(map(self._storage, arguments)))
         named = self._replace(args), self._replace(kwargs)
         random = torch.Tag.nondeterministic_seeded in func.tags
         device = _device(arguments, kwargs)
         if random and device.type in _GENERATORS:
-            self.states[len(self._steps)] = generator(device).get_state()
+            # As bytes, which are not the allocator's: there is one for every random op.
+            self.states[len(self._steps)] = generator(device).get_state().numpy().tobytes()
         out = func(*args, **kwargs)
+        if not self._can_follow(list(tensors_in(out))):
+            return out
         made = self._bind(out)
         written = dict.fromkeys(map(self._storage, written_tensors(func, args, kwargs)))
         self._steps.append(Step(func, *named, made, device))
@@ -227,6 +243,33 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         )
         return out
+
+    def _make_alone(
+        self, func: Any, args: Any, kwargs: Any, *, once: bool = False, blank: bool = False
+    ) -> Any:
+        """Runs an op of one result that does not hang on values of tensors: a constant, or memory.
+
+        It is recorded with what it takes to make such memory again.
+        """
+        out = func(*args, **kwargs)
+        if not self._can_follow([out]):
+            return out
+        made = self._bind(out)
+        like = {"dtype": out.dtype, "device": out.device}
+        arguments = tuple(out.shape), out.stride()
+        self._steps.append(Step(_aten.empty_strided.default, arguments, like, made, out.device))
+        storages = tuple(storage for storage, _ in made)
+        self._instructions.append(
+            Instruction(self._path[-1], str(func), (), storages, once=once, blank=blank)
+        )
+        return out
+
+    def _can_follow(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether the tensors stand on storages; others are not recorded, nor is the rest."""
+        follow = all(t.layout is torch.strided and not is_wrapped(t) for t in tensors)
+        if not follow:
+            self.dynamic = "it works on sparse tensors, or on those of a function transform"
+        return follow
 
     def _replace(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from memfit.integrations.boxes import Box, Late, boxed, modified
+from memfit.integrations.boxes import Box, Late, Version, boxed, modified
 from memfit.integrations.probes import Probe, Verdict
 from memfit.integrations.recording import Recorded, Value, generator
 from memfit.integrations.schedules import (
@@ -178,7 +178,7 @@ class Opened:
             assert isinstance(slot, State)
             self._boxes[index].tensor = generator(slot.device).get_state()
 
-    def pack_recorded(self, lates: list[Late], states: dict[int, torch.Tensor]) -> None:
+    def pack_recorded(self, lates: list[Late], states: dict[int, bytes]) -> None:
         """Decides what becomes of the tensors that the recording forward saved."""
         for late in lates:
             box = late.target
@@ -190,7 +190,7 @@ class Opened:
         by_pack = {captured_at[i]: state for i, state in states.items() if i in captured_at}
         for slot, box in zip(self._replay.slots, self._boxes, strict=True):
             if isinstance(slot, State):
-                box.tensor = by_pack[slot.pack]
+                box.tensor = torch.frombuffer(bytearray(by_pack[slot.pack]), dtype=torch.uint8)
 
     def commit(self) -> bool:
         """The forward has returned: drops what is not kept; False if it keeps all after all."""
@@ -205,15 +205,18 @@ class Opened:
         call = self._call
         for index in self._replay.parameters:
             held, name = call.places[index]
-            call.versions[index] = held[name]._version
+            call.versions[index] = Version(held[name])
         call.is_open = False
+        for handle in self._handles:
+            handle.held = None
+        self._handles.clear()
         self.release()
         return True
 
     def release(self) -> None:
-        """Drops all that is held; without ``commit``, the forward has failed."""
+        """Lets go of the call; without ``commit`` the forward was left early, and all is kept."""
         for handle in self._handles:
-            handle.held = None
+            handle.keep()
         # autograd keeps the hook, and with it this object, for as long as what it saved.
         self._handles, self._dropped, self._boxes = [], [], ()
         self._entry.arguments.clear()
@@ -230,7 +233,7 @@ class Call:
         self.verdict = verdict
         self.is_open = True
         self.dropped: dict[int, weakref.ref[Dropped]] = {}
-        self.versions: dict[int, int] = {}
+        self.versions: dict[int, Version] = {}
         # Storages that were recomputed, for as long as anything uses them.
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -272,8 +275,7 @@ class Call:
         """A parameter or buffer, as it was in the forward."""
         held, name = self.places[index]
         tensor: torch.Tensor = held[name]
-        if tensor._version != self.versions[index]:
-            raise modified(tensor, self.versions[index])
+        self.versions[index].check(tensor)
         return tensor
 
 

@@ -75,8 +75,12 @@ def root_of(recorded: Recorded, value: Value) -> Root:
     roots = recorded.roots[value.storage]
     exact = (r for r in roots if r.value == value)
     start = value.offset * value.dtype.itemsize
-    before = (r for r in roots if r.value.offset * r.value.dtype.itemsize <= start)
-    return next(exact, None) or next(before, roots[0])
+
+    def distance(root: Root) -> int:
+        return start - root.value.offset * root.value.dtype.itemsize
+
+    before = [r for r in roots if distance(r) >= 0]
+    return next(exact, None) or min(before, key=distance, default=roots[0])
 
 
 def view_as(tensor: torch.Tensor, of: Value, value: Value) -> torch.Tensor:
@@ -171,18 +175,22 @@ class _Writer:
         variables.update(dict.fromkeys(name for name, _ in results))
         if instruction.random:
             slot = State(self._recorded.program.captured_at[index], step.device)
-            self._write(f"state = swap({self._constant(step.device)}, boxes[{self._slots[slot]}])")
-        self._call(index, results)
-        if instruction.random:
-            self._write(f"restore({self._constant(step.device)}, state)")
+            device = self._constant(step.device)
+            self._write(f"state = swap({device}, boxes[{self._slots[slot]}])")
+            self._write("try:")
+            self._call(index, results, "    ")
+            self._write("finally:")
+            self._write(f"    restore({device}, state)")
             self._write("del state")
+        else:
+            self._call(index, results)
         for storage in dict.fromkeys((*instruction.allocates, *instruction.writes)):
             if self._makers(storage)[-1:] == (index,) and self._ends(storage):
                 self._write(f"call.put({storage}, s{storage})")
         if done := [v for v in variables if self._last.get(v, index) <= index]:
             self._write(f"del {', '.join(done)}")
 
-    def _call(self, index: int, results: list[tuple[str, str]]) -> None:
+    def _call(self, index: int, results: list[tuple[str, str]], indent: str = "") -> None:
         step = self._recorded.steps[index]
         # The bound operator itself spares a call in Python per op.
         self._names[f"op{index}"] = getattr(step.func, "_op", step.func)
@@ -190,14 +198,14 @@ class _Writer:
         arguments += [f"{name}={self._expression(a)}" for name, a in step.kwargs.items()]
         call = f"op{index}({', '.join(arguments)})"
         if not results:
-            self._write(call)
+            self._write(indent + call)
         elif len(results) == 1:
-            self._write(f"{results[0][0]} = {call}{results[0][1]}")
+            self._write(f"{indent}{results[0][0]} = {call}{results[0][1]}")
         else:
-            self._write(f"out = {call}")
+            self._write(f"{indent}out = {call}")
             for name, path in results:
-                self._write(f"{name} = out{path}")
-            self._write("del out")
+                self._write(f"{indent}{name} = out{path}")
+            self._write(f"{indent}del out")
 
     # -- storages and values ---------------------------------------------------------------------
 

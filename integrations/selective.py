@@ -5,6 +5,7 @@ recorded keeps everything: then gradients are right and only memory is more than
 :class:`MemfitWarning` tells. Depends on recording and replay.
 """
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,7 @@ class SelectiveForward(PlannedForward):
         self._verdict = Verdict()
         self._mismatches = 0
         self._warned: set[str] = set()
+        self._recording = threading.Lock()
 
     def _options(self) -> tuple[Any, ...]:
         return tuple(sorted(self._keep)), self._name
@@ -60,11 +62,15 @@ class SelectiveForward(PlannedForward):
         try:
             entry = enter(self._own(), args, kwargs)
         except Unreadable as reason:
-            if str(reason):
-                self._warn("arguments", f"keeps everything: {reason}. {_WAY_OUT}")
+            self._warn("arguments", f"keeps everything: {reason}. {_WAY_OUT}")
             return forward(*args, **kwargs)
         if entry.key not in self._programs:
-            return self._record(forward, args, kwargs, entry)
+            if not self._recording.acquire(blocking=False):
+                return forward(*args, **kwargs)  # another thread records, or this one further out
+            try:
+                return self._record(forward, args, kwargs, entry)
+            finally:
+                self._recording.release()
         replay = self._programs[entry.key]
         if replay is None:
             return forward(*args, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.planner._compat import storage_key
+from memfit.planner._compat import is_wrapped, storage_key
 
 Place = tuple[dict[str, Any], str]
 
@@ -38,8 +38,7 @@ class Entry:
 
 
 class Unreadable(Exception):
-    """An argument that a key cannot describe. Empty for a tensor subclass, which has its own ways
-    to run ops."""
+    """Something that a key cannot describe, in words."""
 
 
 def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
@@ -63,7 +62,7 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
                 if tensor is None:
                     continue
                 if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
-                    raise Unreadable
+                    raise Unreadable(f"its {name} is a {_kind(tensor)}")
                 key.append(tensor.requires_grad)
                 places.append((held, name))
     return Entry(tuple(key), tensors, places)
@@ -75,15 +74,23 @@ def device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.layout is not torch.strided:
+        return f"tensor of layout {tensor.layout}"
+    if type(tensor) in _TENSORS:
+        return "tensor of inference mode" if tensor.is_inference() else "tensor of a transform"
+    return f"{type(tensor).__name__}, which has its own ways to run ops"
+
+
 def _describe(value: Any, key: list[Any], tensors: list[torch.Tensor]) -> None:
     kind = type(value)
     if kind in _TENSORS:
-        if value.layout is not torch.strided or value.is_inference():
-            raise Unreadable
+        if value.layout is not torch.strided or value.is_inference() or is_wrapped(value):
+            raise Unreadable(f"it is given a {_kind(value)}")
         tensors.append(value)
         key += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
     elif isinstance(value, torch.Tensor):
-        raise Unreadable
+        raise Unreadable(f"it is given a {_kind(value)}")
     elif isinstance(value, _VALUES):
         key += (kind, value)
     elif isinstance(value, (tuple, list)):

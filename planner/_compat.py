@@ -32,6 +32,7 @@ __all__ = [
     "flops_of",
     "forward_autocast",
     "function_caches_apart",
+    "is_wrapped",
     "new_fake",
     "real_execution",
     "run_fake",
@@ -49,6 +50,14 @@ def storage_key(tensor: torch.Tensor) -> int:
     identity.
     """
     return cast(int, tensor.untyped_storage()._cdata)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad) wraps the tensor: it has no storage then.
+
+    Goes when ``torch.func`` has a name for it (``torch._C._functorch`` is private).
+    """
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def new_fake(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> FakeTensor:

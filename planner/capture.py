@@ -78,6 +78,11 @@ def capture(
             f" reads a value that depends on activations ({error}); pass a batch of real tensors,"
             " or replace the data-dependent branch"
         ) from error
+    except NotImplementedError as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {first_line(error)}; tensors without a "
+            "storage (sparse ones, such as gradients of Embedding(sparse=True)) cannot be planned"
+        ) from error
     finally:
         random.setstate(generators[0])
         numpy.random.set_state(generators[1])

@@ -55,6 +55,10 @@ _READS_VALUES = {_aten._local_scalar_dense, _aten.equal}
 # of which a part is never written.
 _ONCE = {
     _aten.mkldnn_rnn_layer,
+    _aten._cudnn_rnn,
+    _aten.miopen_rnn,
+    _aten.lift_fresh,  # a constant from Python, perhaps another one in the next call
+    _aten.lift_fresh_copy,
     _aten.native_batch_norm,
     _aten._native_batch_norm_legit,
     _aten._batch_norm_with_update,
@@ -69,9 +73,21 @@ _ONCE = {
 }
 
 
+_BLANK = {_aten.empty_like, _aten.new_empty, _aten.new_empty_strided, _aten.empty}
+_BLANK |= {_aten.empty_strided}
+
+
 def runs_once(func: Any) -> bool:
-    """Whether running an op a second time must be avoided."""
-    return func.overloadpacket in _ONCE
+    """Whether running an op a second time must be avoided: of ops not torch's own, nobody knows."""
+    return func.namespace != "aten" or func.overloadpacket in _ONCE
+
+
+def makes_blank(func: Any) -> bool:
+    """Whether an op returns memory that nothing is written to yet.
+
+    Of its tensor arguments it takes the shape alone.
+    """
+    return func.overloadpacket in _BLANK
 
 
 def is_dynamic(func: Any, args: Iterable[Any]) -> bool:

@@ -33,6 +33,8 @@ class Instruction:
     random: bool = False
     once: bool = False
     """Whether running it again might not repeat it."""
+    blank: bool = False
+    """Whether what it allocates holds nothing until another instruction writes to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +235,15 @@ def _once(instructions: Sequence[Instruction], captured_at: dict[int, int]) -> f
     def reads_old(index: int, reads: Iterable[int], writes: Collection[int]) -> bool:
         return any(last_write.get(s, -1) > index and s not in writes for s in reads)
 
+    def stays_blank(i: Instruction) -> bool:
+        # Something that is no op fills it.
+        return i.blank and not all(s in last_write for s in i.allocates)
+
     return frozenset(
         index
         for index, i in enumerate(instructions)
-        if i.once or (i.random and index not in captured_at) or reads_old(index, i.reads, i.writes)
+        if i.once
+        or (i.random and index not in captured_at)
+        or reads_old(index, i.reads, i.writes)
+        or stays_blank(i)
     )

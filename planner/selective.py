@@ -12,7 +12,7 @@ from itertools import chain
 
 from torch import fx
 
-from memfit.planner.op_facts import is_dynamic, runs_once
+from memfit.planner.op_facts import is_dynamic, makes_blank, runs_once
 from memfit.planner.program import Instruction, Pack, Program
 from memfit.planner.recompute import Copy, Effect, Recomputation
 from memfit.planner.regions import Region
@@ -55,11 +55,12 @@ def region_program(
             Instruction(
                 module,
                 op.name,
-                local(op.inputs),
+                () if makes_blank(node.target) else local(op.inputs),
                 local(made),
                 local(dict.fromkeys(op.written)),
                 op.random,
                 runs_once(node.target),
+                makes_blank(node.target),
             )
         )
     packs = [

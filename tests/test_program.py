@@ -125,12 +125,18 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 def run(program: Program, indices: Collection[int], memory: dict[int, object]) -> None:
-    """Runs instructions on symbolic values; reading what is not there is a KeyError."""
+    """Runs instructions on symbolic values; reading what is not there is a KeyError.
+
+    What is there stays, beside what is made again with another result, unless it is written to.
+    """
+    written = {s for i in indices for s in program.instructions[i].writes}
+    there = memory.keys() - written
     for index in indices:
         instruction = program.instructions[index]
         read = tuple(memory[s] for s in instruction.reads)
         for storage in (*instruction.allocates, *instruction.writes):
-            memory[storage] = (index, storage, read)
+            if storage not in there:
+                memory[storage] = (index, storage, read)
 
 
 @given(programs(), st.data())
