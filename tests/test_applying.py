@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,38 @@ def test_calls_of_a_shared_module_take_turns(gradients: Callable[..., Any]) -> N
         counts.add(counted(model))
     assert len(counts) == 1 and plain < counts.pop() < 2 * plain
     assert counted(model) == plain
+
+
+def test_constants_and_unwritten_memory_are_planned_as_they_run(
+    gradients: Callable[..., Any],
+) -> None:
+    """What the plan names is what the executor finds: a warning fails the test."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = (self.up(x) * torch.tensor([2.0] * 64)).sin().exp()
+            y = y * torch.full_like(y, 0.5) * torch.zeros(64).fill_(3.0)
+            return x + nn.functional.dropout(self.down(y), 0.1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+
+        def forward(self, x: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=self.blocks(x).square().mean())
+
+    model, batch = Net(), {"x": torch.ones(8, 16)}
+    expected = gradients(model, batch)
+    p = tight(model, batch)
+    assert "selective" in {r.action for r in p.regions}
+    with apply(p, model):
+        for _ in range(3):
+            assert equal(gradients(model, batch), expected)
 
 
 def test_only_planned_modules_run_again(make: Callable[..., Any]) -> None:

@@ -411,6 +411,68 @@ def test_a_global_that_changes_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         step(region)
 
 
+def test_a_mask_proves_nothing_of_what_it_has_the_shape_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    region = Region(lambda m, x: x + F.dropout(((x @ m.weight) * _scale).sin() @ m.weight, 0.5))
+    forward = shadow(region)
+    step(region)
+    with Count() as counted:
+        step(region)
+    assert counted.names.count("aten.mm.default") == 2 + 1 + 4, "the mask needs no product"
+    monkeypatch.setitem(globals(), "_scale", 3.0)
+    with pytest.raises(RuntimeError, match="of Region, recomputed for the backward"):
+        step(region)
+    assert "bernoulli" in names_of(forward)
+
+
+def test_parameters_that_are_replaced_before_the_backward_raise() -> None:
+    region = Region(chain)
+    shadow(region)
+    step(region)
+    for replacement in (nn.Parameter(torch.zeros(8, 8)), None):
+        out = region(an_input())
+        if replacement is not None:
+            region.weight = replacement
+        else:
+            region.weight.data = torch.zeros(8, 8)
+        with pytest.raises(RuntimeError, match="was replaced between the forward"):
+            out.sum().backward()
+
+
+def test_parameters_in_one_storage_are_told_apart() -> None:
+    region = Region(lambda m, x: torch.sin(x @ m.other.t()).exp() + 0 * m.weight.sum())
+    flat = torch.linspace(-1, 1, 128)
+    region.weight = nn.Parameter(flat[:64].view(8, 8))
+    region.other = nn.Parameter(flat[64:].view(8, 8))
+    shadow(region)
+    step(region)
+    out = region(an_input())
+    with torch.no_grad():
+        region.other.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_an_interrupted_recomputation_leaves_the_generator_as_it_was() -> None:
+    class Interrupt(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "bernoulli" in str(func):
+                raise KeyboardInterrupt
+            return func(*args, **(kwargs or {}))
+
+    region = Region(lambda m, x: F.dropout(x @ m.weight, 0.5).sin().exp())
+    shadow(region)
+    step(region)
+    out = region(an_input())
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt), Interrupt():  # type: ignore[no-untyped-call]
+        out.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_probe_takes_nan_for_nan() -> None:
     region = Region(lambda m, x: (x @ m.weight).log().exp().sin())
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """When a selective region keeps everything after all, and that nothing of it stays alive."""
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -95,6 +96,82 @@ def test_arguments_that_hide_tensors_keep_everything() -> None:
     with pytest.warns(MemfitWarning, match="Takes keeps everything: it is given a Opaque"):
         region(an_input(), Opaque()).sum().backward()
     assert not replays(forward)
+
+
+def test_sparse_tensors_keep_everything() -> None:
+    graph = torch.eye(4).to_sparse()
+    region = Region(lambda m, x: torch.sparse.mm(graph, x @ m.weight).sin().exp())
+    expected = step(region)
+    forward = shadow(region)
+    with pytest.warns(MemfitWarning, match="Region keeps everything: it works on sparse tensors"):
+        assert equal(step(region), expected)
+    assert equal(step(region), expected) and replays(forward) == [None]
+
+
+def test_memory_that_no_op_fills_is_kept() -> None:
+    def fill(m: Any, x: torch.Tensor) -> Any:
+        factors = torch.empty(4, 8)
+        factors.numpy()[:] = 2.0
+        return ((x @ m.weight) * factors).sin()
+
+    region = Region(fill)
+    expected = step(region)
+    shadow(region)
+    with pytest.warns(MemfitWarning, match=r"keeps empty.* against the plan"):
+        assert equal(step(region), expected)
+    assert equal(step(region), expected)
+
+
+def test_a_forward_that_is_left_early_keeps_what_it_saved() -> None:
+    class Leave(Exception):
+        pass
+
+    held: list[torch.Tensor] = []
+
+    def leave(m: Any, x: torch.Tensor) -> Any:
+        y = (x @ m.weight).sin().exp()
+        held.append(y)
+        if len(held) > 2:
+            raise Leave
+        return y.cos()
+
+    region = Region(leave)
+    shadow(region)
+    step(region)
+    step(region)
+    with pytest.raises(Leave):
+        region(an_input())
+    held[-1].sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_another_thread_runs_as_it_is_while_one_records() -> None:
+    region = Region(chain)
+    region.inner = nn.Identity()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def waiting(m: Any, x: torch.Tensor) -> Any:
+        x = m.inner(x)
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go_on.wait(10)
+        return chain(m, x)
+
+    region.function = [waiting]
+    expected = [g.clone() for g in torch.autograd.grad(region(an_input()).sum(), region.weight)]
+    forward = shadow(region)
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(
+            torch.autograd.grad(region(torch.ones(4, 8)).sum(), region.weight)
+        )
+    )
+    thread.start()
+    assert inside.wait(10)
+    assert equal(torch.autograd.grad(region(an_input()).sum(), region.weight), expected)
+    assert not replays(forward)
+    go_on.set()
+    thread.join(10)
+    assert len(found) == 1 and len(replays(forward)) == 1
 
 
 def test_functions_are_told_by_their_code_and_closures_keep_everything() -> None:
