@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from memfit.planner.shadows import tensors_in
 from memfit.planner.step_graph import StepGraph
 
 # An op runs so often, or until it has taken so long; the first run of a short one warms up.
 _RUNS = 4
 _ENOUGH_SECONDS = 0.1
+# In a step, what an op reads has mostly left a CPU's caches; so it has here, when it is of this
+# size, after so much other memory was written to.
+_COLD_BYTES, _CACHE_BYTES = 2**16, 2**26
 # By device and threads, then by signature: a plan that is made again is the same plan, and of two
 # budgets the larger never looks slower. None for an op that cannot run alone.
 _KNOWN: dict[tuple[str, int], dict[str, float | None]] = defaultdict(dict)
@@ -31,25 +35,29 @@ def measured_seconds(step: StepGraph, device: torch.device) -> dict[str, float]:
     """
     known = _KNOWN[str(device), torch.get_num_threads()]
     nodes = step.nodes()
+    other = torch.zeros(_CACHE_BYTES, dtype=torch.uint8) if device.type == "cpu" else None
     with torch.random.fork_rng(), torch.no_grad():
         for index, op in enumerate(step.ops):
             if op.signature not in known and (op.flops or op.moved_bytes):
-                known[op.signature] = _time_node(nodes[index], device)
+                known[op.signature] = _time_node(nodes[index], device, other)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     found = ((op.signature, known.get(op.signature)) for op in step.ops)
     return {signature: seconds for signature, seconds in found if seconds is not None}
 
 
-def _time_node(node: fx.Node, device: torch.device) -> float | None:
+def _time_node(node: fx.Node, device: torch.device, other: torch.Tensor | None) -> float | None:
     function: Any = node.target
     if _needs_true_values(function):
         return None
     try:
         args, kwargs = _real((node.args, node.kwargs), device)
         run = _on_cuda if device.type == "cuda" else _on_cpu
+        is_cold = sum(t.nbytes for t in tensors_in((args, kwargs))) >= _COLD_BYTES
         taken: list[float] = []
         while len(taken) < _RUNS and sum(taken) < _ENOUGH_SECONDS:
+            if is_cold and other is not None:
+                other.add_(1)
             taken.append(run(lambda: function(*args, **kwargs)))
         return min(taken)
     except (RuntimeError, TypeError, IndexError, ValueError):
