@@ -320,8 +320,8 @@ class Handle:
 
     def keep(self) -> None:
         """Becomes as good as a box."""
-        if self.held is not None:
-            self.held = self.held.detach()
+        assert self.held is not None
+        self.held = self.held.detach()
         self.dropped = None
 
     def take(self) -> torch.Tensor:
@@ -339,8 +339,7 @@ class Handle:
         return tensor
 
     def _take_held(self) -> torch.Tensor:
-        if self.held is None:
-            raise RuntimeError("the forward that saved this tensor was interrupted by an error")
+        assert self.held is not None
         if self.held._version != self.version:
             raise modified(self.held, self.version)
         return self.held.detach()
