@@ -11,6 +11,9 @@ import torch
 from memfit.planner._compat import storage_key
 
 
+_Tensor = torch.Tensor
+
+
 class Packed(Protocol):
     """Stands for a saved tensor."""
 
@@ -81,9 +84,13 @@ def boxed(tensor: torch.Tensor) -> Box:
     return box
 
 
-def unpack(packed: Packed) -> torch.Tensor:
-    """Saved tensor hook."""
-    return packed.take()
+def unpack(packed: torch.Tensor | Packed) -> torch.Tensor:
+    """Saved tensor hook. What is packed as it is was never written to."""
+    if type(packed) is not _Tensor:
+        return packed.take()
+    if packed._version:
+        raise modified(packed, 0)
+    return packed
 
 
 def modified(tensor: Any, version: int) -> RuntimeError:

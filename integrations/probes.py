@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from memfit.integrations.recording import Value
+from memfit.integrations.schedules import view_as
 from memfit.planner.step_graph import SAMPLE_ELEMENTS
 
 
@@ -43,13 +44,14 @@ class _Judged(Protocol):
 class Probe:
     """Samples one tensor."""
 
-    __slots__ = ("_message", "_size", "_stride", "value")
+    __slots__ = ("_base", "_message", "_offset", "_size", "_stride", "_value")
 
-    def __init__(self, value: Value, region: str, name: str) -> None:
-        self.value = value
+    def __init__(self, value: Value, base: Value, name: str) -> None:
+        self._value, self._base = value, base
         self._size, self._stride = _line_through(value)
+        self._offset = value.offset - base.offset
         self._message = (
-            f"{name} of {region}, recomputed for the backward, is not what it was in the forward "
+            f"{name}, recomputed for the backward, is not what it was in the forward "
             "that a memfit plan recorded: the forward depends on something that has changed since "
             "and that is neither an argument nor an attribute of its modules, such as a global. "
             "Make it a plain attribute (int, float, bool or str) of the module, or remove() the "
@@ -57,20 +59,29 @@ class Probe:
         )
 
     def sample(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a few elements."""
-        tensor = tensor.detach()
-        start = tensor.storage_offset()
-        return tensor.as_strided((self._size,), (self._stride,), start).clone()
+        """A copy of a few elements of ``value``."""
+        return self._line(tensor.detach(), int(tensor.storage_offset())).clone()
 
-    def compare(self, tensor: torch.Tensor, sample: torch.Tensor | None, call: _Judged) -> None:
-        """Compares to the bit, so that NaN equals NaN."""
-        if sample is None or not self._size:
+    def compare(self, tensor: torch.Tensor, sample: torch.Tensor, call: _Judged) -> None:
+        """Compares ``value`` in a recomputed ``base`` to the bit, so that NaN equals NaN."""
+        if not self._size:
             return
-        again = self.sample(tensor).view(torch.uint8)
+        if self._value.dtype != self._base.dtype:
+            tensor = view_as(tensor, self._base, self._value)
+            again = self._line(tensor, int(tensor.storage_offset()))
+        else:
+            again = self._line(tensor, int(tensor.storage_offset()) + self._offset)
         if tensor.device.type == "cuda":
-            call.verdict.add((again != sample.view(torch.uint8)).any(), self._message)
-        elif not torch.equal(again, sample.view(torch.uint8)):
+            call.verdict.add((_bits(again) != _bits(sample)).any(), self._message)
+        elif not torch.equal(again, sample) and not torch.equal(_bits(again), _bits(sample)):
             raise RuntimeError(self._message)
+
+    def _line(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
+        return tensor.as_strided((self._size,), (self._stride,), offset)
+
+
+def _bits(line: torch.Tensor) -> torch.Tensor:
+    return line.contiguous().view(torch.uint8)
 
 
 def _line_through(value: Value) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from memfit.integrations.boxes import Box, Late, boxed, unpack
 from memfit.integrations.signatures import Entry
-from memfit.planner._compat import TorchDispatchMode, is_wrapped, storage_key
+from memfit.planner._compat import TorchDispatchMode, is_own_output, is_wrapped, storage_key
 from memfit.planner.op_facts import is_dynamic, makes_blank, runs_once, written_tensors
 from memfit.planner.program import Instruction, Pack, Program
 from memfit.planner.shadows import tensors_in
@@ -72,6 +72,8 @@ class Recorded:
     program: Program
     steps: tuple[Step, ...]
     packed: tuple[Value, ...]
+    tied: frozenset[int]
+    """Which of the packed tensors may refer to the node that saves them."""
     bases: dict[int, Value]
     """For each storage that the program makes: the result that the making op returns."""
     roots: dict[int, tuple[Root, ...]]
@@ -96,6 +98,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._instructions: list[Instruction] = []
         self._packs: list[Pack] = []
         self._values: list[Value] = []
+        self._tied: set[int] = set()
         self._bases: dict[int, Value] = {}
         self._roots: dict[int, list[Root]] = {}
         self._live: dict[int, int] = {}
@@ -147,9 +150,16 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             Program(self._instructions, self._packs, self._roots),
             tuple(self._steps),
             tuple(self._values),
+            frozenset(self._tied.union(*self._written())),
             self._bases,
             {storage: tuple(roots) for storage, roots in self._roots.items()},
         )
+
+    def _written(self) -> Iterator[Iterator[int]]:
+        """What is written to may come to refer to any node."""
+        for instruction in self._instructions:
+            for storage in instruction.writes:
+                yield (i for i, value in enumerate(self._values) if value.storage == storage)
 
     # -- storages --------------------------------------------------------------------------------
 
@@ -192,6 +202,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.packed.append(late)
         if self._can_follow([tensor]):
             value = self._value(tensor)
+            if is_own_output(tensor):
+                self._tied.add(len(self._values))
             self._packs.append(Pack(value.storage, len(self._steps)))
             self._values.append(value)
         return late

@@ -10,16 +10,18 @@ free as soon as autograd lets go. Depends on the records of a forward and on sch
 import weakref
 from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from memfit.integrations.boxes import Box, Late, Version, boxed, modified
+from memfit.integrations.boxes import Box, Late, Packed, Version, boxed, modified
 from memfit.integrations.probes import Probe, Verdict
 from memfit.integrations.recording import Recorded, Value, generator
 from memfit.integrations.schedules import (
     Argument,
     Kept,
+    Sample,
     Schedule,
     Slot,
     State,
@@ -32,9 +34,29 @@ from memfit.integrations.schedules import (
 from memfit.integrations.signatures import Entry, Place, device_types
 
 _AS_IS = nullcontext()
-_KEEP, _KEEP_LEAF, _KEEP_IN_SLOT, _DROP = range(4)
+_KEEP, _KEEP_DETACHED, _KEEP_LEAF, _KEEP_IN_SLOT, _DROP = range(5)
 # What is expected after the last tensor.
-_NOTHING = (None, None, None, _KEEP, 0, None, None)
+_NOTHING = (None, None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A storage that autograd asks to be saved and that is recomputed instead."""
+
+    storage: int
+    base: Value
+    """What is recomputed."""
+    probe: Probe | None
+    handles: tuple[int, ...]
+    """Which of the handles of a call are in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What a handle stands for: a tensor in a dropped storage, the base if there is no view."""
+
+    dropped: Dropped
+    view: Value | None
 
 
 class Replay:
@@ -43,19 +65,23 @@ class Replay:
     def __init__(self, recorded: Recorded, kept: frozenset[int], region: str) -> None:
         program = recorded.program
         self.recorded = recorded
-        self.region = region
-        self.dropped = tuple(s for s in program.droppable if s not in kept)
-        self.first: dict[int, Value] = {}
-        for value in recorded.packed:
-            self.first.setdefault(value.storage, value)
         self.slots: list[Slot] = []
-        self.held: dict[int, tuple[int, ...]] = {}
-        """For each dropped storage, the slots that it holds."""
         self.parameters: set[int] = set()
-        for storage in self.dropped:
-            self.held[storage] = self._hold(storage, kept)
-        self.expected = self._expectations(kept)
         self._kept = kept
+        self._first: dict[int, Value] = {}
+        for value in recorded.packed:
+            self._first.setdefault(value.storage, value)
+        self._probed = program.probes(kept)
+        self._held = {s: self._hold(s) for s in program.droppable if s not in kept}
+        self.held = tuple(dict.fromkeys(self._held.values()))
+        """The sets of slots that dropped storages hold on to."""
+        self.dropped = self._find_dropped(region)
+        self.expected = self._expectations()
+        self.arguments = [
+            (position, slot.index)
+            for position, slot in enumerate(self.slots)
+            if isinstance(slot, Argument)
+        ]
         self._schedules: dict[tuple[int, frozenset[int]], Schedule] = {}
 
     def schedule(self, storage: int, alive: Collection[int]) -> Schedule:
@@ -63,20 +89,23 @@ class Replay:
         key = storage, frozenset(alive)
         schedule = self._schedules.get(key)
         if schedule is None:
-            slots = tuple(self.slots[i] for i in self.held[storage])
+            slots = tuple(self.slots[i] for i in self._held[storage])
             schedule = self._schedules[key] = compile_schedule(
-                self.recorded, storage, self._kept | key[1], slots, self.first, self.held
+                self.recorded, storage, self._kept | key[1], slots, self._first, self.dropped
             )
         return schedule
 
-    def _hold(self, storage: int, kept: frozenset[int]) -> tuple[int, ...]:
+    def states_at(self, pack: int) -> tuple[int, ...]:
+        """Slots of the generator states to be taken at a pack."""
+        return tuple(i for i, s in enumerate(self.slots) if isinstance(s, State) and s.pack == pack)
+
+    def _hold(self, storage: int) -> tuple[int, ...]:
         program = self.recorded.program
-        closure = program.closure(storage, kept)
         slots: dict[Slot, None] = {}
-        for index in closure:
+        for index in program.closure(storage, self._kept):
             step, instruction = self.recorded.steps[index], program.instructions[index]
             for value in values_in((step.args, step.kwargs)):
-                if value.storage in kept and value.storage not in instruction.writes:
+                if value.storage in self._kept and value.storage not in instruction.writes:
                     slots[Kept(value.storage)] = None
                 elif value.storage in self.recorded.roots:
                     root = root_of(self.recorded, value)
@@ -86,6 +115,8 @@ class Replay:
                         self.parameters.add(root.index)
             if instruction.random:
                 slots[State(program.captured_at[index], step.device)] = None
+        if storage in self._probed:
+            slots[Sample(storage)] = None  # the last
         return tuple(self._slot(slot) for slot in slots)
 
     def _slot(self, slot: Slot) -> int:
@@ -93,35 +124,52 @@ class Replay:
             self.slots.append(slot)
         return self.slots.index(slot)
 
-    def _expectations(self, kept: frozenset[int]) -> tuple[Any, ...]:
-        places = {storage: position for position, storage in enumerate(self.dropped)}
-        probed = set(self.recorded.program.probes(kept))
-        filled: set[int] = set()
+    def _find_dropped(self, region: str) -> dict[int, Dropped]:
+        recorded = self.recorded
+        drops = [v.storage for v in recorded.packed if v.storage in self._held]
+        found = {}
+        for storage in self._held:
+            base, first = recorded.bases[storage], self._first[storage]
+            name = f"{recorded.program.names[storage]} of {region}"
+            probe = Probe(first, base, name) if storage in self._probed else None
+            handles = tuple(i for i, s in enumerate(drops) if s == storage)
+            found[storage] = Dropped(storage, base, probe, handles)
+        return found
+
+    def _expectations(self) -> tuple[Any, ...]:
+        seen: set[int] = set()
         expected = []
         for index, value in enumerate(self.recorded.packed):
-            storage = value.storage
-            what, number = _KEEP, 0
-            if any(r.is_leaf and r.value == value for r in self.recorded.roots.get(storage, ())):
-                what = _KEEP_LEAF
-            if storage in places:
-                what, number = _DROP, places[storage]
-            elif Kept(storage) in self.slots and storage not in filled:
-                what, number = _KEEP_IN_SLOT, self.slots.index(Kept(storage))
-            probe = None
-            if storage in probed and storage not in filled:
-                probe = Probe(value, self.region, self.recorded.program.names[storage])
-            filled.add(storage)
-            states = self.states_at(index)
-            base = self.recorded.bases.get(storage)
-            view = None if value == base else value
-            extra = (states, probe) if states or probe else None
+            is_first = value.storage not in seen
+            seen.add(value.storage)
             shape, stride = torch.Size(value.shape), value.stride
-            expected.append((shape, stride, value.dtype, what, number, view, extra))
+            what, *details = self._decide(index, is_first)
+            extra = self._extra(index, is_first)
+            rule = (what, *details, extra) if what != _KEEP or extra else None
+            expected.append((shape, stride, value.dtype, rule))
         return tuple(expected)
 
-    def states_at(self, pack: int) -> tuple[int, ...]:
-        """Slots of the generator states to be taken at a pack."""
-        return tuple(i for i, s in enumerate(self.slots) if isinstance(s, State) and s.pack == pack)
+    def _decide(self, index: int, is_first: bool) -> tuple[int, int, Drop | None]:
+        """What to do with a packed tensor, with which slot or set of slots, and what is dropped."""
+        value = self.recorded.packed[index]
+        storage = value.storage
+        if storage in self._held:
+            dropped = self.dropped[storage]
+            drop = Drop(dropped, None if value == dropped.base else value)
+            return _DROP, self.held.index(self._held[storage]), drop
+        if is_first and Kept(storage) in self.slots:
+            return _KEEP_IN_SLOT, self.slots.index(Kept(storage)), None
+        if any(r.is_leaf and r.value == value for r in self.recorded.roots.get(storage, ())):
+            return _KEEP_LEAF, 0, None
+        return _KEEP_DETACHED if index in self.recorded.tied else _KEEP, 0, None
+
+    def _extra(self, index: int, is_first: bool) -> tuple[Any, ...] | None:
+        """Slots of generator states to fill at a pack, and that of a sample with its probe."""
+        storage = self.recorded.packed[index].storage
+        states = self.states_at(index)
+        if is_first and storage in self._probed:
+            return states, (self.slots.index(Sample(storage)), self.dropped[storage].probe)
+        return (states, None) if states else None
 
 
 class Opened:
@@ -130,47 +178,53 @@ class Opened:
     Everything is held until it has returned, and all that it saved was as recorded.
     """
 
+    __slots__ = (
+        "_boxes", "_call", "_entry", "_expected", "_handles", "_held", "_matches", "_replay",
+    )  # fmt: skip
+
     def __init__(self, replay: Replay, entry: Entry, verdict: Verdict) -> None:
         self._replay = replay
         self._entry = entry
-        self._call = call = Call(replay, entry.places, verdict)
-        self._boxes = boxes = tuple(Box() for _ in replay.slots)
-        self._dropped = [
-            Dropped(call, s, tuple([boxes[i] for i in replay.held[s]])) for s in replay.dropped
-        ]
-        call.dropped = {d.storage: weakref.ref(d) for d in self._dropped}
+        self._call = Call(replay, entry.places, verdict)
+        self._boxes = boxes = [Box() for _ in replay.slots]
+        self._held = [tuple([boxes[i] for i in slots]) for slots in replay.held]
         self._handles: list[Handle] = []
         self._expected = iter(replay.expected)
         self._matches = True
         self._capture(replay.states_at(-1))
 
-    def pack(self, tensor: torch.Tensor) -> "Box | Handle":
+    def pack(self, tensor: torch.Tensor) -> "torch.Tensor | Packed":
         """Saved tensor hook; runs for every saved tensor, so that speed matters."""
-        shape, stride, dtype, what, number, view, extra = next(self._expected, _NOTHING)
+        shape, stride, dtype, rule = next(self._expected, _NOTHING)
         # Devices follow from those of the arguments.
         if shape != tensor.shape or dtype is not tensor.dtype or stride != tensor.stride():
             self._matches = False
             self._expected = iter(())
             return boxed(tensor)
+        if rule is None:
+            return boxed(tensor) if tensor._version else tensor
+        what, number, drop, extra = rule
         if extra is not None:
-            self._take_extra(number, tensor, *extra)
-        if what == _DROP:
-            handle = Handle(self._dropped[number], view, tensor)
+            self._take_extra(tensor, *extra)
+        if drop is not None:
+            handle = Handle(self._call, drop, self._held[number], tensor)
             self._handles.append(handle)
             return handle
-        box = self._boxes[number] if what == _KEEP_IN_SLOT else Box()
-        box.version = tensor._version
-        # As in Box.fill; a leaf cannot refer to the node that saves it.
-        box.tensor = tensor if what == _KEEP_LEAF else tensor.detach()
-        return box
+        if what == _KEEP_IN_SLOT:
+            box = self._boxes[number]
+            box.fill(tensor)
+            return box
+        if what == _KEEP_LEAF or tensor._version:
+            return boxed(tensor)
+        return tensor.detach() if what == _KEEP_DETACHED else tensor
 
     def _take_extra(
-        self, number: int, tensor: torch.Tensor, states: tuple[int, ...], probe: Probe | None
+        self, tensor: torch.Tensor, states: tuple[int, ...], sample: tuple[int, Probe] | None
     ) -> None:
         self._capture(states)
-        if probe is not None:
-            self._dropped[number].probe = probe
-            self._dropped[number].sample = probe.sample(tensor)
+        if sample is not None:
+            index, probe = sample
+            self._boxes[index].tensor = probe.sample(tensor)
 
     def _capture(self, slots: tuple[int, ...]) -> None:
         for index in slots:
@@ -195,74 +249,69 @@ class Opened:
     def commit(self) -> bool:
         """The forward has returned: drops what is not kept; False if it keeps all after all."""
         if not self._matches or next(self._expected, None) is not None:
-            for handle in self._handles:
-                handle.keep()
-            self._handles.clear()
             return False
-        for box, slot in zip(self._boxes, self._replay.slots, strict=True):
-            if isinstance(slot, Argument):
-                box.fill(self._entry.arguments[slot.index].detach())
+        for position, index in self._replay.arguments:
+            self._boxes[position].fill(self._entry.arguments[index].detach())
         call = self._call
         for index in self._replay.parameters:
             held, name = call.places[index]
             call.versions[index] = Version(held[name])
-        call.is_open = False
         for handle in self._handles:
             handle.held = None
-        self._handles.clear()
+            call.handles.append(weakref.ref(handle))
+        call.is_open = False
+        self._handles = []
         self.release()
         return True
 
     def release(self) -> None:
-        """Lets go of the call; without ``commit`` the forward was left early, and all is kept."""
+        """Lets go of the call; what was not committed is kept."""
         for handle in self._handles:
             handle.keep()
         # autograd keeps the hook, and with it this object, for as long as what it saved.
-        self._handles, self._dropped, self._boxes = [], [], ()
+        self._handles, self._held, self._boxes = [], [], []
         self._entry.arguments.clear()
 
 
 class Call:
     """A call of the region whose backward is to come."""
 
-    __slots__ = ("_alive", "_replay", "dropped", "is_open", "places", "verdict", "versions")
+    __slots__ = ("_alive", "_replay", "handles", "is_open", "places", "verdict", "versions")
 
     def __init__(self, replay: Replay, places: list[Place], verdict: Verdict) -> None:
         self._replay = replay
         self.places = places
         self.verdict = verdict
         self.is_open = True
-        self.dropped: dict[int, weakref.ref[Dropped]] = {}
+        self.handles: list[weakref.ref[Handle]] = []
         self.versions: dict[int, Version] = {}
         # Storages that were recomputed, for as long as anything uses them.
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def recompute(self, dropped: "Dropped") -> None:
+    def recompute(self, storage: int, boxes: tuple[Box, ...]) -> None:
         """Leaves the storage, and what is made on the way to it, in the handles."""
-        self._alive = {s: ref for s, ref in self._alive.items() if ref() is not None}
-        storage = dropped.storage
-        is_there = storage in self._alive
-        schedule = None if is_there else self._replay.schedule(storage, self._alive)
+        self._alive = alive = {s: ref for s, ref in self._alive.items() if ref() is not None}
         with _as_recorded():
-            if schedule is None:
-                self.put(storage, self.alive(storage))
+            if storage in alive:
+                self.put(self._replay.dropped[storage], self.alive(storage))
             else:
-                schedule(self, dropped.sources)
+                self._replay.schedule(storage, alive)(self, boxes)
 
-    def put(self, storage: int, tensor: torch.Tensor) -> None:
+    def put(self, dropped: Dropped, tensor: torch.Tensor) -> None:
         """Leaves a recomputed storage in its handles."""
-        dropped = self.dropped[storage]()
-        if dropped is None:
-            return
-        base = self._replay.recorded.bases[storage]
-        if dropped.probe is not None:
-            dropped.probe.compare(view_as(tensor, base, dropped.probe.value), dropped.sample, self)
-        self._alive[storage] = weakref.ref(tensor.untyped_storage())
-        for reference in dropped.handles:
-            handle = reference()
-            if handle is not None and handle.held is None and not handle.given:
-                view = handle.view
-                handle.held = tensor if view is None else view_as(tensor, base, view)
+        waits = False
+        for number in dropped.handles:
+            handle = self.handles[number]()
+            if handle is None:
+                continue
+            if not waits:
+                waits = True
+                self._alive[dropped.storage] = weakref.ref(tensor.untyped_storage())
+                if dropped.probe is not None:
+                    dropped.probe.compare(tensor, handle.boxes[-1].tensor, self)
+            if handle.held is None and not handle.given:
+                view = handle.drop.view
+                handle.held = tensor if view is None else view_as(tensor, dropped.base, view)
 
     def alive(self, storage: int) -> torch.Tensor:
         """The base of a storage that is there."""
@@ -291,47 +340,38 @@ def _as_recorded() -> AbstractContextManager[Any]:
     return stack
 
 
-class Dropped:
-    """A storage that autograd asked to be saved and that is recomputed instead."""
-
-    __slots__ = ("__weakref__", "call", "handles", "probe", "sample", "sources", "storage")
-
-    def __init__(self, call: Call, storage: int, sources: tuple[Box, ...]) -> None:
-        self.call = call
-        self.storage = storage
-        self.sources = sources
-        self.handles: list[weakref.ref[Handle]] = []
-        self.probe: Probe | None = None
-        self.sample: torch.Tensor | None = None
-
-
 class Handle:
     """Stands for a saved tensor that is dropped. Each is handed over once, then made anew."""
 
-    __slots__ = ("__weakref__", "dropped", "given", "held", "version", "view")
+    __slots__ = (
+        "__weakref__", "_call", "_version", "boxes", "drop", "given", "held",
+    )  # fmt: skip
 
-    def __init__(self, dropped: Dropped, view: Value | None, tensor: torch.Tensor) -> None:
-        self.dropped: Dropped | None = dropped
-        self.view = view
+    def __init__(
+        self, call: Call, drop: Drop, boxes: tuple[Box, ...], tensor: torch.Tensor
+    ) -> None:
+        self._call: Call | None = call
+        self.boxes = boxes
+        self._version = tensor._version
+        self.drop = drop
         self.held: torch.Tensor | None = tensor
-        self.version = tensor._version
         self.given = False
-        dropped.handles.append(weakref.ref(self))
 
     def keep(self) -> None:
         """Becomes as good as a box."""
         assert self.held is not None
         self.held = self.held.detach()
-        self.dropped = None
+        self.boxes = ()
+        self._call = None
 
     def take(self) -> torch.Tensor:
         """The tensor, for the backward."""
-        dropped = self.dropped
-        if dropped is None or dropped.call.is_open:
+        call = self._call
+        if call is None or call.is_open:
             return self._take_held()
         if self.held is None:
             self.given = False
-            dropped.call.recompute(dropped)
+            call.recompute(self.drop.dropped.storage, self.boxes)
         tensor = self.held
         assert tensor is not None
         self.held = None
@@ -340,6 +380,6 @@ class Handle:
 
     def _take_held(self) -> torch.Tensor:
         assert self.held is not None
-        if self.held._version != self.version:
-            raise modified(self.held, self.version)
+        if self.held._version != self._version:
+            raise modified(self.held, self._version)
         return self.held.detach()

@@ -8,7 +8,7 @@ for. Depends on the records of a forward.
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class Reader(Protocol):
     def alive(self, storage: int) -> torch.Tensor:
         """The base of a storage that an earlier recomputation left."""
 
-    def put(self, storage: int, tensor: torch.Tensor) -> None:
+    def put(self, dropped: Any, tensor: torch.Tensor) -> None:
         """Leaves the base of a recomputed storage for autograd."""
 
 
@@ -55,7 +55,14 @@ class State:
     device: torch.device
 
 
-Slot = Kept | Argument | State
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Slot of what a dropped storage was in the forward, in a few elements."""
+
+    storage: int
+
+
+Slot = Kept | Argument | State | Sample
 
 
 def values_in(item: Any) -> Iterator[Value]:
@@ -106,12 +113,12 @@ def compile_schedule(
     present: frozenset[int],
     slots: tuple[Slot, ...],
     first: dict[int, Value],
-    dropped: Collection[int],
+    dropped: Mapping[int, Any],
 ) -> Schedule:
     """The function that recomputes ``storage`` when the storages ``present`` are there.
 
     ``slots`` say what the boxes that it is given hold, ``first`` as what kept storages are held,
-    and ``dropped`` which storages autograd may ask for.
+    and ``dropped`` which storages autograd may ask for, with what the reader calls them.
     """
     return _Writer(recorded, storage, present, slots, first, dropped).compile()
 
@@ -126,7 +133,7 @@ class _Writer:
         present: frozenset[int],
         slots: tuple[Slot, ...],
         first: dict[int, Value],
-        dropped: Collection[int],
+        dropped: Mapping[int, Any],
     ) -> None:
         self._recorded = recorded
         self._present = present
@@ -186,7 +193,8 @@ class _Writer:
             self._call(index, results)
         for storage in dict.fromkeys((*instruction.allocates, *instruction.writes)):
             if self._makers(storage)[-1:] == (index,) and self._ends(storage):
-                self._write(f"call.put({storage}, s{storage})")
+                name = self._constant(self._dropped[storage])
+                self._write(f"call.put({name}, s{storage})")
         if done := [v for v in variables if self._last.get(v, index) <= index]:
             self._write(f"del {', '.join(done)}")
 

@@ -32,6 +32,7 @@ __all__ = [
     "flops_of",
     "forward_autocast",
     "function_caches_apart",
+    "is_own_output",
     "is_wrapped",
     "new_fake",
     "real_execution",
@@ -58,6 +59,23 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     Goes when ``torch.func`` has a name for it (``torch._C._functorch`` is private).
     """
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_own_output(tensor: torch.Tensor) -> bool:
+    """In a pack hook: whether the node that saves ``tensor`` may be the one that made it.
+
+    Such a tensor refers to the node. If another node saves it, that one is the younger of the two.
+    Goes when pack hooks are told (``SavedVariable`` knows, sequence numbers have no public name).
+    """
+    node = tensor.grad_fn
+    if node is None:
+        return False
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return True  # its forward may have made younger nodes
+    with real_execution(), torch.enable_grad():
+        mark = torch.zeros((), requires_grad=True).view(()).grad_fn
+    assert mark is not None
+    return bool(mark._sequence_nr() == node._sequence_nr() + 1)
 
 
 def new_fake(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> FakeTensor:

@@ -1,6 +1,7 @@
 """Each shim over a private or surprising part of torch and transformers does what it says."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +104,27 @@ def test_a_meta_model_without_a_named_device_says_for_what_it_is_planned() -> No
     assert target.device.kind == "cuda"
     if not torch.cuda.is_available():
         assert "planned for a100-80gb" in target.notes[0]
+
+
+def test_a_node_that_saves_what_it_made_is_told_from_others() -> None:
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            out = x.exp()
+            with torch.enable_grad():
+                x.sin()  # younger nodes
+            ctx.save_for_backward(out)
+            return out
+
+    own: list[bool] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        own.append(_compat.is_own_output(tensor))
+        return tensor.detach()
+
+    x = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = x.sin().exp().softmax(0)  # saves a leaf, then two results
+        y = y.cos()
+        Both.apply(y.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    assert own == [False, True, True, False, False, True]
