@@ -11,9 +11,6 @@ import torch
 from memfit.planner._compat import storage_key
 
 
-_Tensor = torch.Tensor
-
-
 class Packed(Protocol):
     """Stands for a saved tensor."""
 
@@ -84,9 +81,9 @@ def boxed(tensor: torch.Tensor) -> Box:
     return box
 
 
-def unpack(packed: torch.Tensor | Packed) -> torch.Tensor:
-    """Saved tensor hook. What is packed as it is was never written to."""
-    if type(packed) is not _Tensor:
+def unpack(packed: Any) -> Any:
+    """Saved tensor hook: a tensor that is packed as it is was never written to."""
+    if type(packed) is not torch.Tensor:
         return packed.take()
     if packed._version:
         raise modified(packed, 0)

@@ -211,7 +211,7 @@ class Opened:
             self._handles.append(handle)
             return handle
         if what == _KEEP_IN_SLOT:
-            box = self._boxes[number]
+            box: Box = self._boxes[number]
             box.fill(tensor)
             return box
         if what == _KEEP_LEAF or tensor._version:
