@@ -11,18 +11,22 @@ from dataclasses import replace
 from memfit.planner.devices import Device
 from memfit.planner.step_graph import Op, StepGraph
 
+SAMPLE = "sample"
+"""Stands among the signatures for what it takes to sample a tensor and to compare the sample."""
+SAMPLE_LAUNCHES = 6
+
 
 def price(
     step: StepGraph, device: Device, measured: Mapping[str, float] | None = None
 ) -> StepGraph:
-    """``step`` with seconds on every op: measured ones by signature, else the roofline's."""
-    seconds = dict(measured or {})
+    """``step`` with seconds: measured ones by signature, else the roofline's."""
+    seconds = {SAMPLE: SAMPLE_LAUNCHES * device.launch_seconds, **(measured or {})}
     ops = []
     for op in step.ops:
         if op.signature not in seconds:
             seconds[op.signature] = roofline_seconds(op, device)
         ops.append(replace(op, seconds=seconds[op.signature]))
-    return replace(step, ops=tuple(ops))
+    return replace(step, ops=tuple(ops), recomputation_seconds=seconds[SAMPLE])
 
 
 def roofline_seconds(op: Op, device: Device) -> float:

@@ -26,7 +26,7 @@ from memfit.planner.step_graph import StepGraph
 # Tensors of which all subsets are tried.
 _SUBSETS_OF = 6
 _CEILINGS = 6
-_LEAN = 12
+_LEAN = 24
 
 KeptSet = frozenset[int]
 
@@ -59,9 +59,9 @@ def lean_sets(
     What fits must not change with the noise of measured seconds; bytes moved stand for them here.
     """
     ops = tuple(replace(op, seconds=float(1 + op.moved_bytes)) for op in step.ops)
-    search = _Search(replace(step, ops=ops), region, compiled, rng_state_bytes)
-    smallest = [replace(c, seconds=0.0) for c in search.grown()]
-    by_peak = sorted(_pareto(smallest), key=lambda c: (c.backward_bytes, c.stored_bytes))
+    by_bytes = replace(step, ops=ops, recomputation_seconds=0.0)
+    search = _Search(by_bytes, region, compiled, rng_state_bytes)
+    by_peak = sorted(_pareto(search.grown()), key=lambda c: (c.backward_bytes, c.stored_bytes))
     picked = {round(i) for i in np.linspace(0, len(by_peak) - 1, min(_LEAN, len(by_peak)))}
     return _sorted([by_peak[i] for i in sorted(picked)])
 

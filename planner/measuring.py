@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from memfit.planner.costs import SAMPLE
 from memfit.planner.shadows import tensors_in
-from memfit.planner.step_graph import StepGraph
+from memfit.planner.step_graph import SAMPLE_ELEMENTS, StepGraph
 
 # An op runs so often, or until it has taken so long; the first run of a short one warms up.
 _RUNS = 4
@@ -40,10 +41,21 @@ def measured_seconds(step: StepGraph, device: torch.device) -> dict[str, float]:
         for index, op in enumerate(step.ops):
             if op.signature not in known and (op.flops or op.moved_bytes):
                 known[op.signature] = _time_node(nodes[index], device, other)
+        if SAMPLE not in known:
+            tensor = torch.zeros(_COLD_BYTES, device=device)
+            known[SAMPLE] = _time(lambda: _sample_twice(tensor), device, other)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    found = ((op.signature, known.get(op.signature)) for op in step.ops)
+    signatures = {SAMPLE, *(op.signature for op in step.ops)}
+    found = ((signature, known.get(signature)) for signature in signatures)
     return {signature: seconds for signature, seconds in found if seconds is not None}
+
+
+def _sample_twice(tensor: torch.Tensor) -> None:
+    """What a probe does in a forward and in its backward."""
+    line = (SAMPLE_ELEMENTS,), (tensor.numel() // SAMPLE_ELEMENTS,)
+    sample, again = (tensor.as_strided(*line).clone() for _ in range(2))
+    (again.view(torch.uint8) != sample.view(torch.uint8)).any()
 
 
 def _time_node(node: fx.Node, device: torch.device, other: torch.Tensor | None) -> float | None:
@@ -52,18 +64,22 @@ def _time_node(node: fx.Node, device: torch.device, other: torch.Tensor | None) 
         return None
     try:
         args, kwargs = _real((node.args, node.kwargs), device)
-        run = _on_cuda if device.type == "cuda" else _on_cpu
         is_cold = sum(t.nbytes for t in tensors_in((args, kwargs))) >= _COLD_BYTES
-        taken: list[float] = []
-        while len(taken) < _RUNS and sum(taken) < _ENOUGH_SECONDS:
-            if is_cold and other is not None:
-                other.add_(1)
-            taken.append(run(lambda: function(*args, **kwargs)))
-        return min(taken)
+        return _time(lambda: function(*args, **kwargs), device, other if is_cold else None)
     except (RuntimeError, TypeError, IndexError, ValueError):
         # An op whose arguments cannot be made up (indices into a table, a generator): the caller
         # prices it by the roofline and says so.
         return None
+
+
+def _time(run: Callable[[], object], device: torch.device, other: torch.Tensor | None) -> float:
+    clock = _on_cuda if device.type == "cuda" else _on_cpu
+    taken: list[float] = []
+    while len(taken) < _RUNS and sum(taken) < _ENOUGH_SECONDS:
+        if other is not None:
+            other.add_(1)
+        taken.append(clock(run))
+    return min(taken)
 
 
 def _needs_true_values(function: Any) -> bool:

@@ -55,7 +55,8 @@ class Effect:
 
     def seconds(self, step: StepGraph) -> float:
         """Seconds that its recomputations take."""
-        return sum(step.ops[i].seconds for r in self.recomputations for i in r.ops)
+        ops = sum(step.ops[i].seconds for r in self.recomputations for i in r.ops)
+        return ops + len(self.recomputations) * step.recomputation_seconds
 
 
 def keep(step: StepGraph, region: Region) -> Effect:

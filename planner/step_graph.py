@@ -140,6 +140,8 @@ class StepGraph:
     calls: tuple[Call, ...]
     notes: tuple[str, ...] = ()
     """Assumptions made while capturing, for people."""
+    recomputation_seconds: float = 0.0
+    """What each recomputation takes beside its ops: a sample is copied and compared."""
 
     def resident_bytes(self, allocation_bytes: int = 1) -> int:
         """Bytes allocated before the step begins, each size rounded up to a multiple."""

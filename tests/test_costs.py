@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from memfit.planner.capture import capture
-from memfit.planner.costs import price, roofline_seconds
+from memfit.planner.costs import SAMPLE, SAMPLE_LAUNCHES, price, roofline_seconds
 from memfit.planner.devices import DEVICES
 from memfit.planner.measuring import measured_seconds
+from memfit.planner.recompute import Effect, Recomputation
 from memfit.planner.step_graph import StepGraph
 
 
@@ -50,12 +51,25 @@ def test_views_cost_nothing_and_kernels_a_launch(step: StepGraph) -> None:
 
 def test_equal_ops_get_equal_measured_seconds(step: StepGraph) -> None:
     seconds = measured_seconds(step, torch.device("cpu"))
-    assert seconds.keys() == {op.signature for op in step.ops if op.flops or op.moved_bytes}
+    ops = {op.signature for op in step.ops if op.flops or op.moved_bytes}
+    assert seconds.keys() == ops | {SAMPLE}
     assert all(s > 0 for s in seconds.values())
     assert measured_seconds(step, torch.device("cpu")) == seconds, "a plan made again is the same"
     priced = price(step, DEVICES["cpu"], seconds)
     assert all(op.seconds == seconds.get(op.signature, 0.0) for op in priced.ops)
     assert priced.seconds == pytest.approx(sum(op.seconds for op in priced.ops))
+
+
+def test_a_recomputation_costs_a_sample_beside_its_ops(step: StepGraph) -> None:
+    device = DEVICES["h100"]
+    by_roofline = price(step, device)
+    assert by_roofline.recomputation_seconds == SAMPLE_LAUNCHES * device.launch_seconds
+    seconds = measured_seconds(step, torch.device("cpu"))
+    measured = price(step, DEVICES["cpu"], seconds)
+    assert measured.recomputation_seconds == seconds[SAMPLE] > 0
+    twice = Effect({}, (), (Recomputation(9, (0, 1), ()), Recomputation(7, (2,), ())))
+    ops = sum(op.seconds for op in measured.ops[:3])
+    assert twice.seconds(measured) == pytest.approx(ops + 2 * seconds[SAMPLE])
 
 
 def test_measuring_leaves_the_generator_as_it_was(step: StepGraph) -> None:
@@ -76,6 +90,6 @@ def test_ops_that_crash_on_made_up_memory_are_left_to_the_roofline() -> None:
 
     step = capture(Recurrent(), (torch.zeros(4, 2, 8),))
     names = {op.signature: op.name for op in step.ops}
-    measured = {names[s] for s in measured_seconds(step, torch.device("cpu"))}
+    measured = {names.get(s) for s in measured_seconds(step, torch.device("cpu"))}
     assert "aten.mkldnn_rnn_layer_backward.default" in {*names.values()} - measured
     assert "aten.mean.default" in measured
