@@ -83,7 +83,7 @@ def boxed(tensor: torch.Tensor) -> Box:
 
 def unpack(packed: Any) -> Any:
     """Saved tensor hook: a tensor that is packed as it is was never written to."""
-    if type(packed) is not torch.Tensor:
+    if not isinstance(packed, torch.Tensor):
         return packed.take()
     if packed._version:
         raise modified(packed, 0)

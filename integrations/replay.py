@@ -249,6 +249,7 @@ class Opened:
     def commit(self) -> bool:
         """The forward has returned: drops what is not kept; False if it keeps all after all."""
         if not self._matches or next(self._expected, None) is not None:
+            self.release()
             return False
         for position, index in self._replay.arguments:
             self._boxes[position].fill(self._entry.arguments[index].detach())

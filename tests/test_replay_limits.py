@@ -281,3 +281,53 @@ def test_a_compiled_model_runs_its_regions_as_they_are() -> None:
         assert equal(step(model), expected)
     (replay,) = replays(forward)
     assert replay is not None and replay.dropped
+
+
+def test_frozen_parameters_are_kept_whatever_their_version() -> None:
+    region = Region(lambda m, x: torch.sin(x @ m.weight).exp() @ m.weight)
+    region.weight = nn.Parameter(torch.linspace(-1, 1, 64).reshape(8, 8), requires_grad=False)
+    assert region.weight._version == 0
+    plain = step(region)
+    shadow(region)
+    for _ in range(3):
+        assert equal(step(region), plain)
+    with torch.no_grad():
+        region.weight.add_(0)
+    assert equal(step(region), plain)
+
+
+def test_kept_tensors_make_no_cycles_whichever_node_saves_them() -> None:
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            out = x.exp()
+            ctx.save_for_backward(x, out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            grad: torch.Tensor = grads[0] * ctx.saved_tensors[1]
+            return grad
+
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        e = (x @ m.weight).sin().exp()
+        y = torch.softmax(e, -1)
+        made[:] = [weakref.ref(t.untyped_storage()) for t in (e, y)]
+        return (Both.apply(y) * 2).add_(1).cos() @ m.weight  # type: ignore[no-untyped-call]
+
+    made: list[Any] = []
+    region = Region(forward)
+    names = shadow(region)
+    step(region)
+    program = next(r.recorded.program for r in replays(names) if r is not None)
+    keep = tuple(program.names[s] for s in program.droppable)
+    for kept in (keep, keep[::2], ()):
+        region = Region(forward)
+        plain = step(region)
+        shadow(region, *kept)
+        assert equal(step(region), plain)
+        with no_collector():
+            out = region(an_input())
+            assert kept != keep or all(ref() is not None for ref in made)
+            del out
+            assert [ref() for ref in made] == [None] * 2, "gone without the collector"
