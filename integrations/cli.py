@@ -1,8 +1,8 @@
-"""The command line: ``memfit plan`` and ``memfit show``.
+"""The command line: ``memfit plan``, ``memfit solve`` and ``memfit show``.
 
 A plan is JSON on stdout or in a file; what is meant for people (the table, progress, errors) goes
-to stderr, so that stdout can be piped. ``show`` and every ``--help`` work from the standard library
-alone: torch and transformers are imported when a model is built. Depends on the planner.
+to stderr, so that stdout can be piped. ``show``, ``solve`` and every ``--help`` work without torch
+and transformers, which are imported when a model is built. Depends on the planner.
 """
 
 import argparse
@@ -23,9 +23,18 @@ from typing import NoReturn
 from memfit.planner.budget import parse_budget
 from memfit.planner.devices import DEVICES
 from memfit.planner.document import Plan
-from memfit.planner.errors import InfeasibleBudget, MemfitError
+from memfit.planner.errors import InfeasibleBudget, MemfitError, SolverError
 from memfit.planner.report import format_plan
-from memfit.solvers import SOLVERS
+from memfit.solvers import (
+    SOLVERS,
+    Limits,
+    NoSolver,
+    ProblemError,
+    Status,
+    load_problem,
+    minimise_peak,
+    solution_to_json,
+)
 
 DONE, UNUSABLE, INFEASIBLE = 0, 2, 3
 # What a shell reports for a process that SIGINT or SIGPIPE ended.
@@ -41,6 +50,15 @@ examples:
   memfit plan ./my-model --budget 24GiB --batch-size 8 --sequence-length 2048 \\
       --dtype bfloat16 --optimizer adamw --device h100 > plan.json
   memfit show plan.json
+  memfit solve problem.json --solver greedy --budget 20GiB
+"""
+_SOLVE_EXAMPLES = """\
+examples:
+  memfit plan bert --budget 2GiB --device cpu --save-problem bert.json
+  memfit solve bert.json --budget 1.5GiB --solver flat_ilp
+
+exit status: 0 done, 2 wrong usage or unreadable input, 3 the solver has no
+choice within the budget (the message names the smallest budget that has one).
 """
 _PLAN_EXAMPLES = """\
 examples:
@@ -89,8 +107,9 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    if options.output is not None:
-        _check_writable(options.output)
+    for path in (options.output, options.save_problem):
+        if path is not None:
+            _check_writable(path)
     if options.budget != "auto":
         parse_budget(options.budget)  # refused before a model is built, not after
     with _progress(options.quiet) as progress, _hushed(options.debug):
@@ -131,8 +150,27 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         autocast=options.autocast,
         gap=options.gap,
         time_limit_seconds=options.time_limit,
+        save_problem=options.save_problem,
         progress=progress,
     )
+
+
+def _solve(options: argparse.Namespace) -> None:
+    budget = None if options.budget is None else parse_budget(options.budget)
+    try:
+        problem = load_problem(options.problem, budget)
+        limits = Limits(options.gap, options.time_limit)
+        solution = SOLVERS[options.solver](problem, limits)
+        if solution.status is Status.INFEASIBLE:
+            least = solution.peak_bytes or minimise_peak(problem, limits).peak_bytes
+            raise InfeasibleBudget(
+                f"{solution.solver} has no choice within {problem.budget_bytes} bytes; the "
+                f"smallest budget that has one is {least} bytes: pass --budget {least}",
+                least,
+            )
+    except (NoSolver, ProblemError) as error:
+        raise SolverError(str(error)) from error
+    sys.stdout.write(solution_to_json(problem, solution))
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -233,6 +271,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"memfit {version('memfit')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_plan(commands)
+    _add_solve(commands)
     _add_show(commands)
     return parser
 
@@ -264,6 +303,12 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _add_solving(parser)
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="write the plan here, not to stdout"
+    )
+    parser.add_argument(
+        "--save-problem",
+        type=Path,
+        metavar="FILE",
+        help="write the solver's problem here, for `memfit solve`",
     )
     parser.add_argument("--quiet", action="store_true", help="no table and no progress on stderr")
     _add_debug(parser)
@@ -319,12 +364,16 @@ def _add_solving(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="recompute op by op within regions too (default), or regions whole only",
     )
+    _add_solver(group)
+
+
+def _add_solver(group: "argparse._ArgumentGroup | _Parser") -> None:
     group.add_argument(
         "--solver",
         choices=tuple(SOLVERS),
-        default="ilp",
+        default="auto",
         metavar="NAME",
-        help=f"one of {', '.join(SOLVERS)} (ilp)",
+        help=f"one of {', '.join(SOLVERS)} (auto)",
     )
     group.add_argument(
         "--gap",
@@ -340,6 +389,25 @@ def _add_solving(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="stop with the best plan found after this long (20)",
     )
+
+
+def _add_solve(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "solve",
+        help="solve a problem that was saved",
+        description="Solves a problem that `memfit plan --save-problem` wrote, without the model.\n"
+        "The solution is JSON on stdout.",
+        epilog=_SOLVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_solve)
+    parser.add_argument("problem", type=Path, metavar="PROBLEM", help="a problem file")
+    parser.add_argument(
+        "--budget", metavar="BYTES", help="24GiB, 24GB or bytes (the one that was planned for)"
+    )
+    _add_solver(parser)
+    _add_debug(parser)
 
 
 def _add_show(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -1,19 +1,16 @@
 """The plan as frozen data, and its JSON form. Attributes are named as the JSON keys.
 
 ``Plan.save`` and ``Plan.load`` are exact inverses; reading checks every key and type and names the
-offending one. Python keywords get a trailing underscore (``plan.model.class_``). Depends on nothing
-but the standard library, so that a plan can be shown without importing torch.
+offending one. Python keywords get a trailing underscore (``plan.model.class_``). Depends on
+the solvers' records alone, so that a plan can be shown without importing torch.
 """
 
-import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from memfit.planner.errors import PlanError
+from memfit.solvers.records import RecordError, decode, encode, write
 
 SCHEMA = "memfit.plan/1"
 ACTIONS = ("keep", "checkpoint", "selective")
@@ -132,14 +129,11 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as indented JSON, ending in a newline."""
-        return json.dumps({"schema": SCHEMA} | _encode(self), indent=2) + "\n"
+        return json.dumps({"schema": SCHEMA} | encode(self), indent=2) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Writes the plan; a file that is there is replaced in one step."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(target)
+        write(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -166,7 +160,12 @@ class Plan:
                 f"{source} has schema {schema!r}, this memfit reads {SCHEMA!r}; make the plan "
                 "again with `memfit plan`"
             )
-        plan: Plan = _decode(cls, value, "$", source)
+        try:
+            plan: Plan = decode(cls, value)
+        except RecordError as error:
+            raise PlanError(
+                f"{source} is not a plan: {error}; make it again with `memfit plan`"
+            ) from error
         for index, region in enumerate(plan.regions):
             if region.action not in ACTIONS:
                 raise PlanError(
@@ -178,59 +177,3 @@ class Plan:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {
-            f.name.rstrip("_"): _encode(getattr(value, f.name)) for f in dataclasses.fields(value)
-        }
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    return value
-
-
-def _decode(kind: Any, value: Any, where: str, source: str) -> Any:
-    """``value`` as ``kind``; errors name the place in the JSON."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_record(kind, value, where, source)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], v, f"{where}[{i}]", source) for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: _decode(arguments[1], v, f"{where}.{k}", source) for k, v in value.items()}
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _decode(arguments[0], value, where, source)
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise PlanError(
-        f"{source} is not a plan: {where} is {json.dumps(value)[:60]}, expected {_name(kind)}; "
-        "make it again with `memfit plan`"
-    )
-
-
-def _decode_record(kind: Any, value: Any, where: str, source: str) -> Any:
-    if not isinstance(value, dict):
-        raise PlanError(f"{source} is not a plan: {where} is not an object")
-    hints = typing.get_type_hints(kind)
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        key = field.name.rstrip("_")
-        if key in value:
-            found[field.name] = _decode(hints[field.name], value[key], f"{where}.{key}", source)
-        elif field.default is dataclasses.MISSING:
-            raise PlanError(
-                f"{source} is not a plan: {where}.{key} is missing; make it again with "
-                "`memfit plan`"
-            )
-    return kind(**found)
-
-
-def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))

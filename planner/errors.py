@@ -19,6 +19,10 @@ class PlanError(MemfitError, ValueError):
     """A plan cannot be read, or was not made for the model at hand."""
 
 
+class SolverError(MemfitError, ValueError):
+    """A solver that is not known, not here, or cannot take the problem."""
+
+
 class InfeasibleBudget(MemfitError, ValueError):
     """No plan keeps the budget; :attr:`minimum_bytes` is the smallest one that has a plan."""
 

@@ -6,6 +6,7 @@ planner and on the solvers.
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from memfit.planner.solving import Outcome, Task
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.target import Target, find_target, free_bytes
 from memfit.solvers import SOLVERS, Limits
+from memfit.solvers import save_problem as write_problem
 
 Progress = Callable[[str], None]
 
@@ -37,13 +39,14 @@ def plan(
     *,
     optimizer: str | torch.optim.Optimizer | None = None,
     device: str | None = None,
-    solver: str = "ilp",
+    solver: str = "auto",
     costs: str = "auto",
     keep_outputs: bool = False,
     autocast: str | torch.dtype | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
+    save_problem: str | Path | None = None,
     progress: Progress | None = None,
 ) -> document.Plan:
     """Plans one training step of ``model`` into ``budget`` bytes of device memory.
@@ -65,7 +68,8 @@ def plan(
     device
         ``"cpu"``, ``"cuda"`` or a name of the device table. Default: where the model is.
     solver
-        ``"ilp"`` or a baseline: ``"none"``, ``"full"``, ``"every_2"``, ...
+        ``"auto"``; a method by name: ``"count_ilp"``, ``"flat_ilp"``, ``"greedy"``; or a baseline:
+        ``"none"``, ``"full"``, ``"every_2"``, ...
     costs
         Where the seconds come from: ``"measured"``: every distinct op is run a few times, alone, on
         the device, which must be present; ``"roofline"`` over the device table; or ``"auto"``:
@@ -82,6 +86,8 @@ def plan(
     gap, time_limit_seconds
         When the integer program may stop: once it has proved that no choice saves more than the
         share ``gap`` of the step's seconds, or after so long.
+    save_problem
+        A file for the solver's problem, which ``memfit solve`` reads.
     progress
         Called with a line of text when a part of the work begins.
 
@@ -113,7 +119,10 @@ def plan(
     say(f"solving for {format_bytes(budget_bytes)}")
     limits = Limits(0.0, time_limit_seconds, gap * step.seconds)
     task = Task.of(step, target, budget_bytes, limits, selective)
+    if save_problem is not None:
+        write_problem(task.problem, save_problem)
     outcome = task.solve(solver)
+    notes = (batch_note, *target.notes, *step.notes, _solver_note(outcome))
     workload = document.Workload(
         batch=_batch_specs(arguments),
         optimizer=factory.name if factory else None,
@@ -121,7 +130,7 @@ def plan(
         costs=costs,
         keep_outputs=keep_outputs,
         autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
-        notes=tuple(n for n in (batch_note, *target.notes, *step.notes) if n),
+        notes=tuple(filter(None, notes)),
     )
     return _write_plan(task, outcome, model, workload)
 
@@ -171,11 +180,19 @@ def _write_plan(
             alive_at_peak=peak.alive_bytes,
         ),
         solver=document.SolverReport(
-            solution.solver, solution.status.value, solution.gap, solution.solve_seconds
+            solution.solver,
+            solution.status.value,
+            solution.gap,
+            solution.solve_seconds,
         ),
         regions=tuple(_region(task, r, c) for r, c in enumerate(solution.choices)),
         baselines=tuple(_baseline(o, seconds) for o in (none, full)),
     )
+
+
+def _solver_note(outcome: Outcome) -> str:
+    solution = outcome.solution
+    return f"solved by {solution.solver}: {solution.note}" if solution.note else ""
 
 
 def _region(task: Task, index: int, choice: int) -> document.RegionPlan:

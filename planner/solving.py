@@ -8,16 +8,27 @@ from dataclasses import dataclass, replace
 
 from memfit.planner.actions import find_options
 from memfit.planner.budget import format_bytes
-from memfit.planner.errors import InfeasibleBudget
+from memfit.planner.errors import InfeasibleBudget, SolverError
 from memfit.planner.options import RegionOption, build_problem
 from memfit.planner.regions import Region, find_regions
 from memfit.planner.simulate import Timeline, simulate
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.target import Target
-from memfit.solvers import SOLVERS, Limits, Problem, Solution, Status, flat_ilp
+from memfit.solvers import (
+    BASELINES,
+    SOLVERS,
+    Limits,
+    NoSolver,
+    Problem,
+    ProblemError,
+    Solution,
+    Status,
+    minimise_peak,
+)
 
 # How often a choice whose simulated peak misses the budget is solved again.
 TIGHTENINGS = 8
+_ALL_FITS = "everything fits, so that there was nothing to choose"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +68,29 @@ class Task:
     def solve(self, solver: str) -> Outcome:
         """A choice whose simulated peak keeps the budget, or :class:`InfeasibleBudget`."""
         if solver not in SOLVERS:
-            raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
-        outcome = self._within_budget() if solver == "ilp" else self._by(solver, self.problem)
-        if outcome is None:
-            outcome = self.simulate(flat_ilp.minimise_peak(self._lean_problem(), self.limits))
+            raise SolverError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+        try:
+            if solver in BASELINES:
+                outcome = self._by(solver, self.problem)
+            else:
+                outcome = self._within_budget(solver)
+            if outcome is None:
+                outcome = self.simulate(minimise_peak(self._lean_problem(), self.limits))
+        except (NoSolver, ProblemError) as error:
+            raise SolverError(f"the solver {solver!r} cannot be used here: {error}") from error
         if outcome.timeline.peak_bytes > self.problem.budget_bytes:
             raise self._infeasible(solver, outcome.timeline.peak_bytes)
         return outcome
 
-    def _within_budget(self) -> Outcome | None:
+    def _within_budget(self, solver: str) -> Outcome | None:
         """The fastest choice that the simulator lets pass; None when the rows allow none."""
         keep = self.simulate(SOLVERS["none"](self.problem, self.limits))
         if keep.timeline.peak_bytes <= self.problem.budget_bytes:
-            kept = replace(keep.solution, solver="ilp", status=Status.OPTIMAL, gap=0.0)
+            kept = replace(keep.solution, status=Status.OPTIMAL, gap=0.0, note=_ALL_FITS)
             return replace(keep, solution=kept)
         aim = self.problem.budget_bytes
         for _ in range(TIGHTENINGS):
-            outcome = self._by("ilp", replace(self.problem, budget_bytes=aim))
+            outcome = self._by(solver, replace(self.problem, budget_bytes=aim))
             if outcome is None:
                 return None
             excess = outcome.timeline.peak_bytes - self.problem.budget_bytes
@@ -116,10 +133,10 @@ class Task:
         # Rounded up, so that it can be typed back as it stands.
         smallest = f"{-(-minimum_bytes // 2**20)} MiB ({minimum_bytes} bytes)"
         way_out = "Raise the budget, or make the batch smaller or shorter."
-        if solver == "ilp":
+        if solver not in BASELINES:
             what = f"no plan keeps this step within {format_bytes(budget)} ({budget} bytes); the "
             what += f"smallest budget that has a plan is {smallest}"
         else:
             what = f"{solver!r} needs {smallest}, more than {format_bytes(budget)} ({budget} bytes)"
-            way_out = "Raise the budget, or plan with the solver 'ilp'."
+            way_out = "Raise the budget, or plan with the solver 'auto'."
         return InfeasibleBudget(f"{what}. {way_out}", minimum_bytes)

@@ -6,10 +6,15 @@ part, so it is read here, once, and handed on as plain data. Depends on PuLP, im
 solve because it takes a quarter of a second. Each workaround names the upstream fact that ends it.
 """
 
+import functools
+import os
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from memfit.solvers.problem import Status
@@ -24,6 +29,8 @@ class Outcome:
     """Of the values that the variables now have; means nothing without them."""
     bound: float = 0.0
     """No values give a smaller objective; means nothing when infeasible."""
+    variables: int = 0
+    rows: int = 0
 
 
 class NoSolver(RuntimeError):
@@ -52,11 +59,39 @@ def backend() -> str:
     """The solver that :func:`minimise` uses: ``HiGHS`` or, failing that, ``CBC``."""
     library = pulp()
     if library.HiGHS(msg=False).available():
+        _greet_highs()
         return "HiGHS"
     # Ends with PuLP 3, the last to bundle CBC; PuLP 4 has no PULP_CBC_CMD.
     if hasattr(library, "PULP_CBC_CMD") and _bundled_cbc().available():
         return "CBC"
-    raise NoSolver('PuLP finds no solver; install one with: pip install "pulp[highs]"')
+    raise NoSolver("PuLP finds no solver; install one with: pip install highspy")
+
+
+@functools.cache
+def _greet_highs() -> None:
+    """Has HiGHS 1.16 print its banner, which it does once in a process, where nobody reads it.
+
+    Ends when constructing ``Highs()`` prints nothing again.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            import_module("highspy").Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@functools.cache
+def _presolve() -> dict[str, str]:
+    """Before 1.16, HiGHS's presolve loses optima of mixed programs (its issues 3043 and 3094).
+
+    Ends when PuLP asks for 1.16; its 3.3 asks for 1.13.
+    """
+    major, minor = version("highspy").split(".")[:2]
+    return {} if (int(major), int(minor)) >= (1, 16) else {"presolve": "off"}
 
 
 def minimise(program: Any, gap: float, seconds: float, gap_absolute: float = 0.0) -> Outcome:
@@ -81,33 +116,36 @@ def _minimise_with_highs(program: Any, gap: float, seconds: float, gap_absolute:
         timeLimit=seconds,
         parallel="off",
         output_flag=False,
+        **_presolve(),
     )
     program.solve(solver)
     # PuLP 3 returns an int, PuLP 4 LpSolveStats, and only that has the bound; HiGHS says the same
     # under both. Ends with PuLP 3.
     model = program.solverModel
     ended, info = model.getModelStatus().name, model.getInfo()
+    size = model.getNumCol(), model.getNumRow()
     if ended in ("kInfeasible", "kUnboundedOrInfeasible"):
-        return Outcome(Status.INFEASIBLE)
+        return Outcome(Status.INFEASIBLE, 0.0, 0.0, *size)
     found = info.primal_solution_status == 2  # kSolutionStatusFeasible
     objective, bound = float(info.objective_function_value), float(info.mip_dual_bound)
     if ended == "kOptimal":
-        return Outcome(Status.OPTIMAL, objective, bound)
-    return Outcome(Status.FEASIBLE if found else Status.UNSOLVED, objective, bound)
+        return Outcome(Status.OPTIMAL, objective, bound, *size)
+    return Outcome(Status.FEASIBLE if found else Status.UNSOLVED, objective, bound, *size)
 
 
 def _minimise_with_cbc(program: Any, gap: float, seconds: float, gap_absolute: float) -> Outcome:
     solver = _bundled_cbc(gapRel=gap, gapAbs=gap_absolute, timeLimit=seconds, threads=1)
     program.solve(solver)
+    size = program.numVariables(), program.numConstraints()
     if program.status == -1:
-        return Outcome(Status.INFEASIBLE)
+        return Outcome(Status.INFEASIBLE, 0.0, 0.0, *size)
     if program.sol_status not in (1, 2):
-        return Outcome(Status.UNSOLVED, bound=float("-inf"))
+        return Outcome(Status.UNSOLVED, 0.0, float("-inf"), *size)
     objective = float(pulp().value(program.objective))
     if program.sol_status == 1:  # PuLP does not read the bound; the gaps imply one
         slack = max(gap * abs(objective), gap_absolute)
-        return Outcome(Status.OPTIMAL, objective, objective - slack)
-    return Outcome(Status.FEASIBLE, objective, float("-inf"))
+        return Outcome(Status.OPTIMAL, objective, objective - slack, *size)
+    return Outcome(Status.FEASIBLE, objective, float("-inf"), *size)
 
 
 def _bundled_cbc(**options: Any) -> Any:

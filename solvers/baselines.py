@@ -1,4 +1,5 @@
-"""What can be had without planning: keep all, checkpoint all, or checkpoint every n-th region.
+"""What can be had without planning: keep all, checkpoint all or every n-th region, or keep what
+attention makes and recompute the rest.
 
 ``every_n`` is ``activation_checkpointing_enable(every_n_layers=n)`` of transformers: of the regions
 that can be checkpointed, the first and every n-th after it. The budget and the limits play no part
@@ -37,8 +38,31 @@ def every_n(problem: Problem, limits: Limits = DEFAULT_LIMITS, *, n: int) -> Sol
     return _chosen(problem, f"every_{n}", lambda position: position % n == 0)
 
 
+def keep_attention(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
+    """Keep the results of attention kernels alone, which is what people write by hand for torch's
+    selective checkpointing; a region that has no such option is checkpointed."""
+    started = time.perf_counter()
+    choices = []
+    for region in problem.regions:
+        attention = _attention(region)
+        checkpoint = _find(region, "checkpoint")
+        if attention is None:
+            attention = _keep(region) if checkpoint is None else checkpoint
+        choices.append(attention)
+    return _judged(problem, choices, "keep_attention", started)
+
+
+def _attention(region: Region) -> int | None:
+    """Of the options that keep a result of attention, the one that stores least."""
+    having = [
+        o
+        for o, option in enumerate(region.options)
+        if any(name.rsplit(".", 1)[-1].startswith(("sdpa", "bmm")) for name in option.keep)
+    ]
+    return min(having, key=lambda o: region.options[o].stored_bytes, default=None)
+
+
 def _chosen(problem: Problem, solver: str, is_checkpointed: Callable[[int], bool]) -> Solution:
-    """The choice, its status stating the truth about this one choice and no other."""
     started = time.perf_counter()
     choices, position = [], 0
     for region in problem.regions:
@@ -48,6 +72,11 @@ def _chosen(problem: Problem, solver: str, is_checkpointed: Callable[[int], bool
             continue
         choices.append(checkpoint if is_checkpointed(position) else _keep(region))
         position += 1
+    return _judged(problem, choices, solver, started)
+
+
+def _judged(problem: Problem, choices: list[int], solver: str, started: float) -> Solution:
+    """The choice, its status stating the truth about this one choice and no other."""
     solution = describe(problem, choices, Status.FEASIBLE, solver)
     if solution.peak_bytes > problem.budget_bytes:
         status = Status.INFEASIBLE

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+from memfit.solvers.check import ProblemError
 from memfit.solvers.problem import (
     DEFAULT_LIMITS,
     Limits,
@@ -64,8 +65,8 @@ def _all_choices(problem: Problem) -> Iterator[tuple[int, ...]]:
     counts = [len(region.options) for region in problem.regions]
     total = math.prod(counts)
     if total > MOST_CHOICES:
-        raise ValueError(
+        raise ProblemError(
             f"brute force tries at most {MOST_CHOICES} choices, the problem has {total}; "
-            "use the ilp solver"
+            "use the solver auto"
         )
     return product(*map(range, counts))

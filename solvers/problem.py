@@ -20,7 +20,7 @@ This module depends on nothing but the standard library; the solvers in this pac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, Protocol
 
 Phase = Literal["forward", "backward"]
 
@@ -102,7 +102,7 @@ class Status(Enum):
     def remedy(self) -> str:
         return {
             Status.OPTIMAL: "the choice is proved best within the stated gap",
-            Status.FEASIBLE: "the choice fits but is not proved best; try the ilp with more time",
+            Status.FEASIBLE: "the choice fits but is not proved best; give auto more time",
             Status.INFEASIBLE: "nothing this solver may choose fits; raise the budget",
             Status.UNSOLVED: "the time limit ended the search without a choice; raise it",
         }[self]
@@ -124,6 +124,11 @@ class Solution:
     gap: float = 0.0
     """``(recompute_seconds - bound_seconds) / recompute_seconds``; 0 when nothing is recomputed."""
     solve_seconds: float = 0.0
+    variables: int = 0
+    """Of the integer program, if there was one; with its rows the size of the model."""
+    rows: int = 0
+    note: str = ""
+    """Why this solver was taken, where that was a choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,12 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+class Solver(Protocol):
+    """What all solvers look like; those that need no limits take them all the same."""
+
+    def __call__(self, problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution: ...
 
 
 def loads(problem: Problem, choices: Sequence[int]) -> tuple[int, ...]:

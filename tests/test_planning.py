@@ -103,14 +103,14 @@ def test_a_choice_that_misses_the_budget_is_solved_again_tighter(
     """A solver whose rows are too optimistic by a half must not get its plan through."""
     model, batch = make("llama")
     budget = at_shares(model, batch, 0.6)[0].budget_bytes
-    solve = SOLVERS["ilp"]
+    solve = SOLVERS["auto"]
     aims: list[int] = []
 
     def optimistic(problem: Any, limits: Any) -> Solution:
         aims.append(problem.budget_bytes)
         return solve(replace(problem, budget_bytes=int(problem.budget_bytes * 1.5)), limits)
 
-    monkeypatch.setitem(SOLVERS, "ilp", optimistic)
+    monkeypatch.setitem(SOLVERS, "auto", optimistic)
     assert plan(model, budget, batch).predicted.peak_bytes <= budget
     assert len(aims) > 1 and aims == sorted(aims, reverse=True)
 
@@ -191,7 +191,7 @@ def test_wrong_arguments_name_the_way_out(make: Callable[..., Any]) -> None:
     model, batch = make("bert", layers=1)
     with pytest.raises(OptimizerError, match="unknown optimizer 'adamm'"):
         plan(model, 1 << 40, batch, optimizer="adamm")
-    with pytest.raises(ValueError, match="unknown solver 'gurobi'; known are ilp"):
+    with pytest.raises(ValueError, match="unknown solver 'gurobi'; known are auto"):
         plan(model, 1 << 40, batch, solver="gurobi")
     with pytest.raises(DeviceError, match="'h1000'"):
         plan(model, 1 << 40, batch, device="h1000")

@@ -1,0 +1,180 @@
+"""Runs of identical regions: found where they are, and counted as well as enumerated."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from memfit.solvers import (
+    SOLVERS,
+    Limits,
+    Moment,
+    NoSolver,
+    Option,
+    Problem,
+    Region,
+    SharedTensor,
+    Solution,
+    Status,
+    brute_force,
+    count_ilp,
+    flat_ilp,
+    load_problem,
+    peak_bytes,
+)
+from memfit.solvers.runs import find_runs
+from tests.problems import EXACT, chain, layers, problems, runs
+
+PROBLEMS = Path(__file__).parent / "golden" / "problems"
+some = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+many = settings(some, max_examples=1000)
+
+
+def agree(problem: Problem) -> None:
+    """Counting, enumerating and trying all find the same seconds, and as low a peak."""
+    best = SOLVERS["brute_force"](problem)
+    for name in ("count_ilp", "flat_ilp"):
+        solution = SOLVERS[name](problem, EXACT)
+        assert solution.status is best.status, name
+        assert solution.recompute_seconds == pytest.approx(best.recompute_seconds, abs=1e-6), name
+        assert solution.peak_bytes == best.peak_bytes, name
+    if best.choices:
+        greedy = SOLVERS["greedy"](problem)
+        if greedy.status is not Status.INFEASIBLE:
+            assert greedy.recompute_seconds >= best.recompute_seconds - 1e-9
+
+
+@some
+@given(runs())
+def test_counting_is_as_good_as_trying_all(problem: Problem) -> None:
+    agree(problem)
+
+
+@pytest.mark.slow
+@many
+@given(runs())
+def test_counting_is_as_good_as_trying_all_of_many(problem: Problem) -> None:
+    agree(problem)
+
+
+@pytest.mark.slow
+@many
+@given(problems())
+def test_counting_is_as_good_as_trying_all_of_many_without_runs(problem: Problem) -> None:
+    agree(problem)
+
+
+@some
+@given(runs())
+def test_counting_finds_the_lowest_peak(problem: Problem) -> None:
+    lowest = count_ilp.minimise_peak(problem, EXACT)
+    assert lowest.peak_bytes == brute_force.minimise_peak(problem).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["presolve_1", "presolve_2"])
+def test_optima_that_presolve_of_highs_lost_are_found(name: str) -> None:
+    agree(load_problem(PROBLEMS / f"{name}.json"))
+
+
+def spans(problem: Problem) -> list[tuple[int, int]]:
+    return [(run.start, run.stop) for run in find_runs(problem)]
+
+
+def test_a_run_is_a_stretch_of_one_kind_with_even_bases() -> None:
+    problem = chain(layers(6))
+    # The last region's forward is followed by the loss.
+    assert spans(problem) == [(0, 5), (5, 6)]
+    other = Region("head", (Option("keep", 1, 1, 1, 0.0),), kind=1)
+    mixed = chain((*layers(4), other, *layers(3)))
+    assert spans(mixed) == [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
+    moments = list(problem.moments)
+    moments[6] = replace(moments[6], base_bytes=1)  # forward of layers.3
+    uneven = replace(problem, moments=tuple(moments))
+    assert spans(uneven) == [(0, 3), (3, 4), (4, 5), (5, 6)]
+
+
+def test_what_looks_across_a_run_or_holds_a_tensor_in_one_region_ends_it() -> None:
+    problem = chain(layers(6))
+    ahead = replace(problem, moments=(*problem.moments, Moment("late", 0, stored=3, region=5)))
+    assert spans(ahead) == [(0, 3), (3, 4), (4, 5), (5, 6)]
+    mask = SharedTensor("mask", 7, ((2, 0),), (0,))
+    assert spans(replace(problem, shared=(mask,))) == [(r, r + 1) for r in range(6)]
+
+
+def test_the_size_of_the_program_does_not_depend_on_the_depth() -> None:
+    choices = [Option("selective", 100 - 9 * o, 110, 150, 0.02 * o) for o in range(1, 9)]
+    sizes = set()
+    for depth in (20, 80, 200):
+        problem = chain(layers(depth, *choices), budget=60 * depth)
+        solution = SOLVERS["auto"](problem)
+        assert (solution.solver, solution.status) == ("count_ilp", Status.OPTIMAL)
+        assert solution.peak_bytes <= problem.budget_bytes
+        assert solution.note.startswith(f"{depth - 1} neighbouring regions are identical")
+        sizes.add((solution.variables, solution.rows))
+    assert len(sizes) == 1
+    assert sizes.pop()[0] < 50
+
+
+def test_auto_enumerates_what_has_no_runs() -> None:
+    regions = tuple(replace(r, kind=i) for i, r in enumerate(layers(4)))
+    solution = SOLVERS["auto"](chain(regions, budget=449))
+    assert (solution.solver, solution.recompute_seconds) == ("flat_ilp", 0.25)
+    assert solution.note == "no neighbouring regions are identical enough to be counted"
+
+
+def test_auto_answers_by_steps_where_no_program_can_be_solved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(*_: object) -> Solution:
+        raise NoSolver("none is installed")
+
+    def unsolved(problem: Problem, limits: Limits) -> Solution:
+        return Solution((), Status.UNSOLVED, 0.0, 0, "count_ilp")
+
+    for stand_in, why in ((missing, "none is installed"), (unsolved, "found no choice in 20 s")):
+        monkeypatch.setattr(count_ilp, "solve", stand_in)
+        solution = SOLVERS["auto"](chain(layers(4), budget=449))
+        assert (solution.solver, solution.status) == ("greedy", Status.FEASIBLE)
+        assert why in solution.note
+
+
+def test_greedy_takes_the_cheapest_steps_and_takes_back_what_was_not_needed() -> None:
+    dear = Option("selective", 5, 100, 140, 9.0)
+    solution = SOLVERS["greedy"](chain(layers(4, dear), budget=449))
+    assert solution.recompute_seconds == 0.25
+    free = SOLVERS["greedy"](chain(layers(4, dear), budget=450))
+    assert (free.status, free.choices) == (Status.OPTIMAL, (0, 0, 0, 0))
+    none = SOLVERS["greedy"](chain(layers(4), budget=100))
+    assert none.status is Status.INFEASIBLE
+    assert peak_bytes(chain(layers(4)), none.choices) > 100
+
+
+def test_keep_attention_keeps_it_and_recomputes_the_rest() -> None:
+    attention = Option("selective", 40, 100, 155, 0.2, keep=("self_attn.sdpa", "self_attn.sdpa[1]"))
+    more = Option("selective", 60, 100, 155, 0.1, keep=("self_attn.sdpa", "mlp.up_proj.mm"))
+    problem = chain((*layers(2, more, attention), *layers(1)), budget=10**6)
+    solution = SOLVERS["keep_attention"](
+        replace(
+            problem,
+            regions=tuple(replace(region, kind=len(region.options)) for region in problem.regions),
+        )
+    )
+    assert solution.choices == (3, 3, 1)
+
+
+def test_with_runs_less_budget_never_peaks_higher_and_more_is_never_slower() -> None:
+    choices = [Option("selective", 100 - 7 * o, 120, 150 + o, 0.03 * o**1.5) for o in range(1, 12)]
+    problem = chain(layers(24, *choices))
+    solutions = [
+        count_ilp.solve(replace(problem, budget_bytes=budget), EXACT)
+        for budget in range(600, 2600, 100)
+    ]
+    found = [solution for solution in solutions if solution.choices]
+    assert len(found) > 10
+    assert [s.recompute_seconds for s in found] == sorted(
+        (s.recompute_seconds for s in found), reverse=True
+    )
+    assert [s.peak_bytes for s in found] == sorted(s.peak_bytes for s in found)
+    flat = flat_ilp.solve(replace(problem, budget_bytes=1500), EXACT)
+    assert flat.recompute_seconds == pytest.approx(solutions[9].recompute_seconds)
