@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo test test-slow lint bench-truth bench-frontier bench-overhead
+.PHONY: install demo test test-slow lint bench-truth bench-frontier bench-overhead bench-solvers
 
 install: $(STAMP)
 
@@ -42,6 +42,9 @@ bench-truth: $(STAMP)
 
 bench-frontier: $(STAMP)
 	$(BIN)/python benchmarks/frontier.py
+
+bench-solvers: $(STAMP)
+	$(BIN)/python benchmarks/solvers.py
 
 bench-overhead: $(STAMP)
 	@$(BIN)/python benchmarks/overhead.py

@@ -131,3 +131,18 @@ def test_recorded_results_say_what_made_them(path: Path) -> None:
     assert record["rows"]
     assert {"command", "date", "machine", "versions"} <= record.keys()
     assert {"python", "torch", "transformers", "pulp"} <= record["versions"].keys()
+
+
+def test_solvers_take_turns_on_the_same_problems() -> None:
+    code, output = run_script("solvers.py", "--quick")
+    assert code == 0, output
+    rows = table_rows(output)
+    solvers = {row[2] for row in rows}
+    assert solvers == {"count_ilp", "flat_ilp", "greedy", "every_2", "full", "sac_milp"}
+    overheads = {(*row[:3],): row[5] for row in rows}
+    for instance, share, solver in overheads:
+        if solver == "count_ilp":
+            assert overheads[instance, share, solver] == overheads[instance, share, "flat_ilp"]
+    sac = [row for row in rows if row[2] == "sac_milp"]
+    assert {row[3] for row in sac} <= {"feasible", "infeasible"}
+    assert any(float(row[5] or 0) > 0 for row in sac)
