@@ -3,12 +3,13 @@
     python benchmarks/solvers.py [--quick]
 
 Budgets lie between the peaks of nothing recomputed and everything recomputed. torch's own planner,
-``torch.distributed._tools.sac_ilp``, is given the same layers, seconds and bytes; it may discard any
-fraction of a layer along straight lines through the options, has no rows for forwards, takes a gap
-of 5 % and runs CBC, so that its seconds are a bound of a looser problem. Exit code 1 if a solver breaks a budget, if
-two that prove their answers differ, or if one of the limits is missed: 0.3 s for 80 identical
-layers, 2 s for 80 distinct ones at a gap of 0.05 % of the step, 200 layers in 1.5 times what 20
-take.
+``torch.distributed._tools.sac_ilp``, is given the same layers, seconds and bytes. It may discard
+any fraction of a layer along straight lines through the options and has no rows for forwards, so
+that its seconds are those of a looser problem, at a gap of 5 % and by CBC.
+
+Exit code 1 if two solvers that prove their answers differ, or if a limit is missed: 0.3 s for 80
+identical layers, 2 s for 80 distinct ones at a gap of 0.05 % of the step, 200 layers in 1.5 times
+what 20 take.
 """
 
 import argparse
