@@ -111,7 +111,7 @@ class _Writer:
 
     def __init__(self, problem: Problem, scale: Scale, is_bound: bool) -> None:
         self.problem = problem
-        self.unit = scale.unit
+        self.unit, self.divisor = scale.unit, scale.divisor
         self.is_bound = is_bound
         self.program = _compat.program("memfit")
         self.rows: list[tuple[Any, int]] = []
@@ -132,7 +132,8 @@ class _Writer:
             moment = self.problem.moments[index]
             if moment.region in alone or (moment.region is None and moment.stored in self.stored):
                 self._write_moment(index, base, binaries)
-        return Program(self.program, tuple(self.rows), tuple(self.seconds), self._read)
+        rows, seconds = tuple(self.rows), tuple(self.seconds)
+        return Program(self.program, rows, seconds, self.divisor, self._read)
 
     # -- regions that are alone ------------------------------------------------------------------
 
@@ -173,6 +174,7 @@ class _Writer:
 
     def _write_run(self, run: Run) -> None:
         options = self.problem.regions[run.start].options
+        self.divisor = math.gcd(self.divisor, *(line.step_bytes for line in run.lines))
         pairs: list[tuple[int, Any]] = []
         place = _Place(
             1 * self.stored[run.start], 0, {t: self.held[t, run.start] for t in self._tensors()}

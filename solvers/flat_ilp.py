@@ -55,7 +55,8 @@ def formulate(problem: Problem, scale: Scale) -> Program:
     def read() -> tuple[int, ...]:
         return tuple(max(range(len(own)), key=lambda o: own[o].value()) for own in chosen)
 
-    return Program(program, _rows(problem, program, chosen, scale.unit), seconds, read)
+    rows = _rows(problem, program, chosen, scale.unit)
+    return Program(program, rows, seconds, scale.divisor, read)
 
 
 def _rows(

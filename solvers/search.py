@@ -61,6 +61,8 @@ class Program:
     """
     seconds: tuple[tuple[float, Any], ...]
     """Seconds of recomputation, each with the variable that says how often."""
+    divisor: int
+    """What the bytes of a row are multiples of, whatever is chosen."""
     read: Callable[[], tuple[int, ...]]
     """The choice that the variables stand for once they have values."""
 
@@ -167,7 +169,7 @@ class ByProgram:
         program += _compat.total(seconds / unit * variable for seconds, variable in model.seconds)
         for row, base in model.rows:
             # Bytes come in multiples of the divisor, so a row may as well end at one.
-            room = (budget - base) // scale.divisor * scale.divisor
+            room = (budget - base) // model.divisor * model.divisor
             program += row <= room / scale.unit
         return _run(model, limits, unit, limits.gap_seconds / unit)
 

@@ -28,7 +28,8 @@ from tests.problems import EXACT, chain, layers, problems, runs
 
 PROBLEMS = Path(__file__).parent / "golden" / "problems"
 some = settings(max_examples=100, derandomize=True, deadline=None, database=None)
-many = settings(some, max_examples=1000)
+thousand = settings(some, max_examples=1000)
+many = settings(some, max_examples=5000)
 
 
 def agree(problem: Problem) -> None:
@@ -45,9 +46,15 @@ def agree(problem: Problem) -> None:
             assert greedy.recompute_seconds >= best.recompute_seconds - 1e-9
 
 
-@some
+@thousand
 @given(runs())
 def test_counting_is_as_good_as_trying_all(problem: Problem) -> None:
+    agree(problem)
+
+
+@thousand
+@given(problems())
+def test_counting_is_as_good_as_trying_all_without_runs(problem: Problem) -> None:
     agree(problem)
 
 
@@ -114,6 +121,18 @@ def test_the_size_of_the_program_does_not_depend_on_the_depth() -> None:
         sizes.add((solution.variables, solution.rows))
     assert len(sizes) == 1
     assert sizes.pop()[0] < 50
+
+
+def test_rows_of_a_run_may_end_between_multiples_of_the_sizes() -> None:
+    """The bases rise by one byte where all sizes are threes: the budget is not rounded to those."""
+    regions = tuple(
+        Region(f"layers.{r}", (Option("keep", 0, 0, 3, 0.0),), kind=0) for r in range(4)
+    )
+    moments = tuple(Moment(f"backward {r}", 40 + r, r, r, "backward") for r in range(4))
+    for budget, status in ((46, Status.OPTIMAL), (45, Status.INFEASIBLE)):
+        problem = Problem(regions, moments, budget)
+        assert [run.length for run in find_runs(problem)] == [4]
+        assert SOLVERS["count_ilp"](problem).status is status
 
 
 def test_auto_enumerates_what_has_no_runs() -> None:
