@@ -10,8 +10,8 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,8 @@ class Outcome:
     """No values give a smaller objective; means nothing when infeasible."""
     variables: int = 0
     rows: int = 0
+    note: str = ""
+    """Which solvers failed before this one answered, if any did."""
 
 
 class NoSolver(RuntimeError):
@@ -53,18 +55,6 @@ def program(name: str) -> Any:
 def total(terms: Iterable[Any]) -> Any:
     """The sum of expressions."""
     return pulp().lpSum(terms)
-
-
-def backend() -> str:
-    """The solver that :func:`minimise` uses: ``HiGHS`` or, failing that, ``CBC``."""
-    library = pulp()
-    if library.HiGHS(msg=False).available():
-        _greet_highs()
-        return "HiGHS"
-    # Ends with PuLP 3, the last to bundle CBC; PuLP 4 has no PULP_CBC_CMD.
-    if hasattr(library, "PULP_CBC_CMD") and _bundled_cbc().available():
-        return "CBC"
-    raise NoSolver("PuLP finds no solver; install one with: pip install highspy")
 
 
 @functools.cache
@@ -97,11 +87,29 @@ def _presolve() -> dict[str, str]:
 def minimise(program: Any, gap: float, seconds: float, gap_absolute: float = 0.0) -> Outcome:
     """Solve ``program`` on one thread to either gap, for ``seconds`` at most.
 
-    ``gap`` is a share of the objective, ``gap_absolute`` is in its unit.
+    ``gap`` is a share of the objective, ``gap_absolute`` is in its unit. A solver that fails is
+    named in the outcome's note, and the next one is tried; :class:`NoSolver` after the last.
     """
-    if backend() == "HiGHS":
-        return _minimise_with_highs(program, gap, seconds, gap_absolute)
-    return _minimise_with_cbc(program, gap, seconds, gap_absolute)
+    failures = []
+    for name, solve in _backends():
+        try:
+            outcome = solve(program, gap, seconds, gap_absolute)
+        except Exception as error:  # solvers fail in ways of their own
+            failures.append(f"{name} failed: {error}")
+        else:
+            return replace(outcome, note="; ".join(failures))
+    why = "; ".join(failures) or "PuLP finds no solver"
+    raise NoSolver(f"{why}; install one with: pip install highspy")
+
+
+def _backends() -> Iterator[tuple[str, Callable[[Any, float, float, float], Outcome]]]:
+    library = pulp()
+    if library.HiGHS(msg=False).available():
+        _greet_highs()
+        yield "HiGHS", _minimise_with_highs
+    # Ends with PuLP 3, the last to bundle CBC; PuLP 4 has no PULP_CBC_CMD.
+    if hasattr(library, "PULP_CBC_CMD") and _bundled_cbc().available():
+        yield "CBC", _minimise_with_cbc
 
 
 def _minimise_with_highs(program: Any, gap: float, seconds: float, gap_absolute: float) -> Outcome:
@@ -123,6 +131,8 @@ def _minimise_with_highs(program: Any, gap: float, seconds: float, gap_absolute:
     # under both. Ends with PuLP 3.
     model = program.solverModel
     ended, info = model.getModelStatus().name, model.getInfo()
+    if ended.endswith("Error") or ended in ("kNotset", "kUnknown", "kMemoryLimit"):
+        raise RuntimeError(f"it ended with {ended}")
     size = model.getNumCol(), model.getNumRow()
     if ended in ("kInfeasible", "kUnboundedOrInfeasible"):
         return Outcome(Status.INFEASIBLE, 0.0, 0.0, *size)

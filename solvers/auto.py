@@ -24,7 +24,7 @@ def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
         why = f"no integer program can be solved: {missing}"
     else:
         if solution.status is not Status.UNSOLVED:
-            return replace(solution, note=why)
+            return replace(solution, note="; ".join(filter(None, (why, solution.note))))
         why = f"{solution.solver} found no choice in {limits.seconds:g} s"
     return replace(greedy.solve(problem, limits), note=why)
 

@@ -128,7 +128,7 @@ class Solution:
     """Of the integer program, if there was one; with its rows the size of the model."""
     rows: int = 0
     note: str = ""
-    """Why this solver was taken, where that was a choice."""
+    """Why this solver was taken, where that was a choice, and what failed before it answered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class Found:
     bound: float = 0.0
     variables: int = 0
     rows: int = 0
+    note: str = ""
 
 
 class Method(Protocol):
@@ -211,10 +212,10 @@ def _take_at_most(model: Program, ceiling: float) -> None:
 
 def _run(model: Program, limits: Limits, objective_unit: float, gap: float = 0.0) -> Found:
     outcome = _compat.minimise(model.program, limits.gap, limits.seconds, gap)
-    size = outcome.variables, outcome.rows
+    about = outcome.variables, outcome.rows, outcome.note
     if outcome.status in (Status.INFEASIBLE, Status.UNSOLVED):
-        return Found(outcome.status, None, 0.0, *size)
-    return Found(outcome.status, model.read(), outcome.bound * objective_unit, *size)
+        return Found(outcome.status, None, 0.0, *about)
+    return Found(outcome.status, model.read(), outcome.bound * objective_unit, *about)
 
 
 def _slowest_seconds(problem: Problem) -> float:
@@ -248,4 +249,10 @@ def _solution(problem: Problem, found: Found, name: str, started: float) -> Solu
     else:
         solution = describe(problem, found.choices, found.status, name, bound_seconds=found.bound)
     took = time.perf_counter() - started
-    return replace(solution, solve_seconds=took, variables=found.variables, rows=found.rows)
+    return replace(
+        solution,
+        solve_seconds=took,
+        variables=found.variables,
+        rows=found.rows,
+        note=found.note,
+    )

@@ -17,6 +17,7 @@ from memfit.solvers import (
     SharedTensor,
     Solution,
     Status,
+    _compat,
     brute_force,
     count_ilp,
     flat_ilp,
@@ -156,6 +157,26 @@ def test_auto_answers_by_steps_where_no_program_can_be_solved(
         solution = SOLVERS["auto"](chain(layers(4), budget=449))
         assert (solution.solver, solution.status) == ("greedy", Status.FEASIBLE)
         assert why in solution.note
+
+
+def test_a_solver_that_fails_is_named_and_the_next_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> _compat.Outcome:
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(_compat, "_minimise_with_highs", fail)
+    cbc = _compat._minimise_with_cbc
+    problem = chain(layers(4), budget=449)
+    for stand_in in (cbc, fail):
+        monkeypatch.setattr(_compat, "_minimise_with_cbc", stand_in)
+        solution = SOLVERS["auto"](problem)
+        assert (solution.recompute_seconds, solution.peak_bytes) == (0.25, 360)
+        assert "HiGHS failed: out of paper" in solution.note
+        if hasattr(_compat.pulp(), "PULP_CBC_CMD"):
+            assert (solution.solver == "greedy") is (stand_in is fail)
+    with pytest.raises(NoSolver, match="HiGHS failed: out of paper"):
+        SOLVERS["flat_ilp"](problem)
 
 
 def test_greedy_takes_the_cheapest_steps_and_takes_back_what_was_not_needed() -> None:
