@@ -110,6 +110,8 @@ def _plan(options: argparse.Namespace) -> None:
     for path in (options.output, options.save_problem):
         if path is not None:
             _check_writable(path)
+    if options.output is not None and options.output == options.save_problem:
+        raise UsageError(f"{options.output} is named twice; the problem needs a file of its own")
     if options.budget != "auto":
         parse_budget(options.budget)  # refused before a model is built, not after
     with _progress(options.quiet) as progress, _hushed(options.debug):

@@ -65,17 +65,16 @@ def is_own_output(tensor: torch.Tensor) -> bool:
     """In a pack hook: whether the node that saves ``tensor`` may be the one that made it.
 
     Such a tensor refers to the node. If another node saves it, that one is the younger of the two.
-    Goes when pack hooks are told (``SavedVariable`` knows, sequence numbers have no public name).
+    Goes when pack hooks are told (``SavedVariable`` knows); sequence numbers have no public name,
+    ``torch.fx.proxy`` reads them in the same way.
     """
     node = tensor.grad_fn
     if node is None:
         return False
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         return True  # its forward may have made younger nodes
-    with real_execution(), torch.enable_grad():
-        mark = torch.zeros((), requires_grad=True).view(()).grad_fn
-    assert mark is not None
-    return bool(mark._sequence_nr() == node._sequence_nr() + 1)
+    now = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return bool(node._sequence_nr() + 1 == now)
 
 
 def new_fake(mode: FakeTensorMode, like: torch.Tensor, device: torch.device) -> FakeTensor:

@@ -140,7 +140,7 @@ class Plan:
         """Reads a plan; :class:`PlanError` when it is not one, or of another schema."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read {path}: {_reason(error)}") from error
         return cls.from_json(text, str(path))
 
@@ -149,7 +149,7 @@ class Plan:
         """Inverse of :meth:`to_json`; ``source`` names the text in errors."""
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{source} is not a plan: {error}; it may be truncated, write it again with "
                 "`memfit plan`"

@@ -24,6 +24,10 @@ from memfit.solvers.problem import (
     seconds_ceiling,
 )
 
+MOST_BYTES = 10**15
+"""Of one size: a petabyte. Solvers refuse coefficients beyond."""
+MOST_SECONDS = 1e12
+
 
 class ProblemError(ValueError):
     """A problem that means nothing, with the offending name."""
@@ -47,7 +51,9 @@ def checked(solve: Solver) -> Solver:
 
 def validate(problem: Problem) -> None:
     """Raises :class:`ProblemError` if a number is none, below zero or points nowhere."""
-    _whole("the budget", problem.budget_bytes, least=None)
+    budget = problem.budget_bytes
+    if type(budget) is not int or abs(budget) > MOST_BYTES**2:
+        raise ProblemError(f"the budget is {_short(budget)}, not a number of bytes")
     kinds: dict[int, Region] = {}
     for region in problem.regions:
         same = kinds.setdefault(region.kind, region)
@@ -76,8 +82,11 @@ def _validate_option(name: str, option: Option) -> None:
     _whole(f"forward_bytes of {name}", option.forward_bytes)
     _whole(f"backward_bytes of {name}", option.backward_bytes)
     seconds = option.recompute_seconds
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise ProblemError(f"recompute_seconds of {name} is {seconds}, not a number from 0 on")
+    if type(seconds) not in (int, float) or not 0 <= seconds <= MOST_SECONDS:
+        raise ProblemError(
+            f"recompute_seconds of {name} is {_short(seconds)}, not a number from 0 to "
+            f"{MOST_SECONDS:g}"
+        )
 
 
 def _validate_moment(moment: Moment, regions: int) -> None:
@@ -89,9 +98,18 @@ def _validate_moment(moment: Moment, regions: int) -> None:
         raise ProblemError(f"phase of {moment.name} is {moment.phase!r}, not forward or backward")
 
 
-def _whole(name: str, size: int, least: int | None = 0) -> None:
-    if type(size) is not int or (least is not None and size < least):
-        raise ProblemError(f"{name} is {size!r}, not a whole number of bytes from 0 on")
+def _whole(name: str, size: int) -> None:
+    if type(size) is not int or not 0 <= size <= MOST_BYTES:
+        raise ProblemError(
+            f"{name} is {_short(size)}, not a whole number of bytes from 0 to {MOST_BYTES}"
+        )
+
+
+def _short(value: object) -> str:
+    """A number as it is, unless it goes on and on."""
+    if isinstance(value, int) and abs(value) > MOST_BYTES**3:
+        return "a number of very many digits"
+    return repr(value)
 
 
 def _index(name: str, index: int, count: int) -> None:
@@ -113,9 +131,9 @@ def verify(problem: Problem, solution: Solution) -> None:
             raise SolverBug(f"{who} chose option {choice} of {region.name}, which has no such one")
     options = [r.options[c] for r, c in zip(problem.regions, solution.choices, strict=True)]
     seconds = math.fsum(option.recompute_seconds for option in options)
-    if abs(seconds - solution.recompute_seconds) > seconds_ceiling(seconds) - seconds:
+    if not abs(seconds - solution.recompute_seconds) <= seconds_ceiling(seconds) - seconds:
         raise SolverBug(f"{who} states {solution.recompute_seconds} s, its choice takes {seconds}")
-    if solution.bound_seconds > seconds_ceiling(seconds):
+    if not solution.bound_seconds <= seconds_ceiling(seconds):
         raise SolverBug(f"{who} states a bound of {solution.bound_seconds} s above its {seconds}")
     _verify_peak(problem, solution, options)
 

@@ -84,7 +84,7 @@ def load_problem(path: str | Path, budget_bytes: int | None = None) -> Problem:
     """Reads a problem, for another budget if one is given; :class:`ProblemError` if it is none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ProblemError(f"cannot read {path}: {reason}") from error
     problem = from_json(text, str(path))
@@ -156,7 +156,7 @@ def solution_from_json(text: str, source: str = "the text") -> Solution:
 def _read(text: str, source: str, what: str, schema: str, kind: type[Any]) -> Any:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProblemError(f"{source} is not a {what}: {error}; {_AGAIN}") from error
     found = value.pop("schema", None) if isinstance(value, dict) else None
     if found != schema:

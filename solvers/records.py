@@ -46,11 +46,17 @@ def decode(kind: Any, value: Any, where: str = "$") -> Any:
         return None if value is None else decode(arguments[0], value, where)
     if origin is typing.Literal and value in arguments:
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 10**300:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
-    raise RecordError(f"{where} is {json.dumps(value)[:60]}, expected {_name(kind)}")
+    shown = "a very long number" if _is_long(value) else json.dumps(value)[:60]
+    raise RecordError(f"{where} is {shown}, expected {_name(kind)}")
+
+
+def _is_long(value: Any) -> bool:
+    """Whether Python refuses to write a number out."""
+    return type(value) is int and abs(value) >= 10**300
 
 
 def write(path: str | Path, text: str) -> None:

@@ -88,6 +88,10 @@ def test_options_stand_once_for_each_kind(tmp_path: Path) -> None:
         (lambda v: v["regions"][2].update(kind=1), r"regions\[2\].kind is 1, there are 1 kinds"),
         (lambda v: v["kinds"][0][1].update(stored_bytes=-1), r"stored_bytes of option 1 \(check"),
         (lambda v: v["kinds"][0][0].update(recompute_seconds=math.nan), "seconds of option 0"),
+        (lambda v: v["kinds"][0][0].update(recompute_seconds=10**401), "is a very long number"),
+        (lambda v: v["kinds"][0][0].update(stored_bytes=10**30), "from 0 to 1000000000000000"),
+        (lambda v: v["moments"][0].update(base_bytes=10**400), "number of very many digits"),
+        (lambda v: v.update(budget_bytes=10**400), "the budget is a number of very many digits"),
     ],
 )
 def test_an_unusable_file_is_refused_with_the_place(
@@ -103,6 +107,10 @@ def test_an_unusable_file_is_refused_with_the_place(
 def test_a_file_that_is_none_or_is_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=r"cannot read .*none.json: No such file"):
         load_problem(tmp_path / "none.json")
+    with pytest.raises(ProblemError, match=r"cannot read .*null byte"):
+        load_problem(f"{tmp_path}/\0.json")
+    with pytest.raises(ProblemError, match="is not a problem: maximum recursion"):
+        from_json("[" * 100_000)
     (tmp_path / "cut.json").write_text(to_json(chain(layers(3)))[:100])
     with pytest.raises(ProblemError, match=r"cut.json is not a problem: .*; write it again"):
         load_problem(tmp_path / "cut.json")
@@ -116,6 +124,9 @@ KEEP = Option("keep", 10, 10, 10, 0.0)
     [
         (chain((Region("a", (replace(KEEP, recompute_seconds=math.nan),), 0),)), "of a is nan"),
         (chain((Region("a", (replace(KEEP, recompute_seconds=-1.0),), 0),)), "of a is -1.0"),
+        (chain((Region("a", (replace(KEEP, recompute_seconds=1e308),), 0),)), "of a is 1e\\+308"),
+        (chain((Region("a", (replace(KEEP, recompute_seconds=None),), 0),)), "of a is None"),  # type: ignore[arg-type]
+        (chain((Region("a", (replace(KEEP, recompute_seconds=True),), 0),)), "of a is True"),
         (chain((Region("a", (replace(KEEP, recompute_seconds=math.inf),), 0),)), "of a is inf"),
         (chain((Region("a", (replace(KEEP, stored_bytes=-5),), 0),)), "stored_bytes .* of a is -5"),
         (

@@ -253,12 +253,21 @@ def test_solving_imports_neither_torch_nor_transformers(problem_file: Path) -> N
     assert json.loads(done.stdout)["schema"] == "memfit.solution/1", "and nothing else is printed"
 
 
+def test_the_problem_needs_a_file_of_its_own(config: str, tmp_path: Path, capsys: Output) -> None:
+    same = str(tmp_path / "same.json")
+    words = ["plan", config, "--budget", "1GiB", "-o", same, "--save-problem", same]
+    assert cli.main(words) == 2
+    assert "is named twice" in error_of(capsys)
+
+
 def test_what_is_no_problem_is_refused(problem_file: Path, tmp_path: Path, capsys: Output) -> None:
     assert cli.main(["solve", str(tmp_path / "none.json")]) == 2
     assert "cannot read" in error_of(capsys)
     (tmp_path / "half.json").write_text(problem_file.read_text()[:99], encoding="utf-8")
     assert cli.main(["solve", str(tmp_path / "half.json")]) == 2
     assert "is not a problem" in error_of(capsys)
+    assert cli.main(["solve", str(problem_file), "--budget", "9" * 400]) == 2
+    assert "the budget is" in error_of(capsys)
 
 
 # -- what is refused -----------------------------------------------------------------------------

@@ -126,5 +126,9 @@ def test_a_node_that_saves_what_it_made_is_told_from_others() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = x.sin().exp().softmax(0)  # saves a leaf, then two results
         y = y.cos()
+        y.norm(dim=-1)  # saves what it is given and what it makes
+        torch.linalg.qr(torch.ones(2, 2, requires_grad=True).tan())
         Both.apply(y.detach().requires_grad_())  # type: ignore[no-untyped-call]
-    assert own == [False, True, True, False, False, True]
+    of_qr = [True] * 3  # what tan makes, then both results
+    of_both = [False, True]  # the sine's input, then the result
+    assert own == [False, True, True, False, False, True, *of_qr, *of_both]

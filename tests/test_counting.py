@@ -136,6 +136,14 @@ def test_rows_of_a_run_may_end_between_multiples_of_the_sizes() -> None:
         assert SOLVERS["count_ilp"](problem).status is status
 
 
+@pytest.mark.parametrize("name", ["count_ilp", "flat_ilp", "greedy"])
+def test_a_budget_that_fits_all_recomputes_nothing(name: str) -> None:
+    tiny = Option("selective", 40, 110, 150, 1e-9)
+    problem = chain(layers(8, tiny, Option("selective", 0, 110, 150, 5.0)), budget=850)
+    solution = SOLVERS[name](problem)
+    assert (solution.recompute_seconds, solution.status) == (0.0, Status.OPTIMAL)
+
+
 def test_auto_enumerates_what_has_no_runs() -> None:
     regions = tuple(replace(r, kind=i) for i, r in enumerate(layers(4)))
     solution = SOLVERS["auto"](chain(regions, budget=449))

@@ -312,7 +312,10 @@ def test_kept_tensors_make_no_cycles_whichever_node_saves_them() -> None:
     def forward(m: Any, x: torch.Tensor) -> Any:
         e = (x @ m.weight).sin().exp()
         y = torch.softmax(e, -1)
-        made[:] = [weakref.ref(t.untyped_storage()) for t in (e, y)]
+        y = F.scaled_dot_product_attention(y[None], y[None], y[None])[0]
+        n = y.norm(dim=-1, keepdim=True)
+        made[:] = [weakref.ref(t.untyped_storage()) for t in (e, y, n)]
+        y = y / n
         return (Both.apply(y) * 2).add_(1).cos() @ m.weight  # type: ignore[no-untyped-call]
 
     made: list[Any] = []
@@ -330,4 +333,4 @@ def test_kept_tensors_make_no_cycles_whichever_node_saves_them() -> None:
             out = region(an_input())
             assert kept != keep or all(ref() is not None for ref in made)
             del out
-            assert [ref() for ref in made] == [None] * 2, "gone without the collector"
+            assert [ref() for ref in made] == [None] * 3, "gone without the collector"
