@@ -1,11 +1,14 @@
 """Runs of identical regions: found where they are, and counted as well as enumerated."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
+from memfit.planner import InfeasibleBudget, plan
 from memfit.solvers import (
     SOLVERS,
     Limits,
@@ -22,6 +25,7 @@ from memfit.solvers import (
     count_ilp,
     flat_ilp,
     load_problem,
+    minimise_peak,
     peak_bytes,
 )
 from memfit.solvers.runs import find_runs
@@ -226,3 +230,25 @@ def test_with_runs_less_budget_never_peaks_higher_and_more_is_never_slower() -> 
     assert [s.peak_bytes for s in found] == sorted(s.peak_bytes for s in found)
     flat = flat_ilp.solve(replace(problem, budget_bytes=1500), EXACT)
     assert flat.recompute_seconds == pytest.approx(solutions[9].recompute_seconds)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_on_a_real_problem_more_budget_is_never_slower_and_less_never_peaks_higher(
+    name: str, make: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, batch = make(name, layers=5)
+    with pytest.raises(InfeasibleBudget):
+        plan(model, 1, batch, costs="roofline", save_problem=tmp_path / "p.json")
+    problem = load_problem(tmp_path / "p.json")
+    least = minimise_peak(problem).peak_bytes
+    most = SOLVERS["none"](problem).peak_bytes
+    budgets = [least + (most - least) * i // 10 for i in range(11)]
+    found = [SOLVERS["auto"](replace(problem, budget_bytes=b), EXACT) for b in budgets]
+    assert {solution.status for solution in found} == {Status.OPTIMAL}
+    seconds = [solution.recompute_seconds for solution in found]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1] == 0
+    peaks = [solution.peak_bytes for solution in found]
+    assert peaks == sorted(peaks)
+    for index in (3, 7):
+        flat = SOLVERS["flat_ilp"](replace(problem, budget_bytes=budgets[index]), EXACT)
+        assert flat.recompute_seconds == pytest.approx(seconds[index], rel=1e-6)
