@@ -59,7 +59,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """What the table shows."""
-        overhead = "" if self.overhead is None else percent(self.overhead, 2, sign=False)
+        overhead = "-" if self.overhead is None else percent(self.overhead, 2, sign=False)
         return [
             self.instance,
             f"{self.share:g}",
@@ -67,7 +67,7 @@ class Row:
             self.status,
             f"{self.solve_seconds:.3f}",
             overhead,
-            str(self.variables or ""),
+            str(self.variables or "-"),
         ]
 
 
