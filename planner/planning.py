@@ -180,10 +180,7 @@ def _write_plan(
             alive_at_peak=peak.alive_bytes,
         ),
         solver=document.SolverReport(
-            solution.solver,
-            solution.status.value,
-            solution.gap,
-            solution.solve_seconds,
+            solution.solver, solution.status.value, solution.gap, solution.solve_seconds
         ),
         regions=tuple(_region(task, r, c) for r, c in enumerate(solution.choices)),
         baselines=tuple(_baseline(o, seconds) for o in (none, full)),

@@ -24,13 +24,14 @@ the bound and the flat program is asked. Depends on PuLP.
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from memfit.solvers import _compat, flat_ilp, search
 from memfit.solvers.problem import (
     DEFAULT_LIMITS,
     Limits,
     Option,
+    Phase,
     Problem,
     Solution,
     Status,
@@ -158,7 +159,7 @@ class _Writer:
         r = moment.region
         if r is not None:
             for o, x in binaries[r].items():
-                size = _own_bytes(self.problem.regions[r].options[o], moment.phase)
+                size = self.problem.regions[r].options[o].work_bytes(moment.phase)
                 terms.append(size / self.unit * x)
         for t, tensor in enumerate(self.problem.shared):
             if index not in tensor.moments:
@@ -281,14 +282,9 @@ class _Writer:
         return tuple(choices)
 
 
-def _own_bytes(option: Option, kind: str) -> int:
+def _own_bytes(option: Option, kind: Phase | Literal["after"]) -> int:
     """What a region adds to what is stored before it; ``after`` its forward, what it stores."""
-    sizes = {
-        "forward": option.forward_bytes,
-        "backward": option.backward_bytes,
-        "after": option.stored_bytes,
-    }
-    return sizes[kind]
+    return option.stored_bytes if kind == "after" else option.work_bytes(kind)
 
 
 def formulate(problem: Problem, scale: Scale) -> Program:

@@ -72,9 +72,7 @@ def _rows(
             for option, binary in zip(
                 problem.regions[moment.region].options, chosen[moment.region], strict=True
             ):
-                is_forward = moment.phase == "forward"
-                size = option.forward_bytes if is_forward else option.backward_bytes
-                terms.append(size / unit * binary)
+                terms.append(option.work_bytes(moment.phase) / unit * binary)
         for tensor, holding in zip(problem.shared, held, strict=True):
             if index in tensor.moments:
                 alive = holding.alive(moment.stored, moment.region)

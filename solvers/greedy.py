@@ -70,10 +70,8 @@ def _changes(
             freed = 0
             if r < moment.stored:
                 freed += now.stored_bytes - option.stored_bytes
-            if r == moment.region and moment.phase == "forward":
-                freed += now.forward_bytes - option.forward_bytes
-            elif r == moment.region:
-                freed += now.backward_bytes - option.backward_bytes
+            if r == moment.region:
+                freed += now.work_bytes(moment.phase) - option.work_bytes(moment.phase)
             if freed > 0:
                 yield r, o, freed, option.recompute_seconds - now.recompute_seconds
 

@@ -41,6 +41,10 @@ class Option:
     keep: tuple[str, ...] = ()
     """Names of the tensors that are kept, for ``selective``."""
 
+    def work_bytes(self, phase: Phase) -> int:
+        """What its own forward or backward adds to a moment."""
+        return self.forward_bytes if phase == "forward" else self.backward_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -160,10 +164,7 @@ def loads(problem: Problem, choices: Sequence[int]) -> tuple[int, ...]:
     alive = [moment.base_bytes + prefix[moment.stored] for moment in problem.moments]
     for index, moment in enumerate(problem.moments):
         if moment.region is not None:
-            option = chosen[moment.region]
-            alive[index] += (
-                option.forward_bytes if moment.phase == "forward" else option.backward_bytes
-            )
+            alive[index] += chosen[moment.region].work_bytes(moment.phase)
     for tensor in problem.shared:
         holders = {r for r, o in tensor.holders if choices[r] == o}
         for index in tensor.moments:

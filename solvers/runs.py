@@ -6,14 +6,15 @@ falls by the same number of bytes from each region to the next. Depends on the r
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal
 
 from memfit.solvers.flat_ilp import binding_moments
-from memfit.solvers.problem import Problem
+from memfit.solvers.problem import Phase, Problem
 
 SHORTEST = 3
 """Fewer identical regions than this are as well enumerated."""
 
-RowKey = tuple[str, frozenset[int]]
+RowKey = tuple[Phase | Literal["after"], frozenset[int]]
 """``forward``, ``backward`` or ``after``, and the shared tensors that the row counts."""
 
 
