@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memfit.planner.errors import PlanError
-from memfit.solvers.records import RecordError, decode, encode, write
+from memfit.solvers.records import RecordError, decode, encode, read, write
 
 SCHEMA = "memfit.plan/1"
 ACTIONS = ("keep", "checkpoint", "selective")
@@ -139,9 +139,9 @@ class Plan:
     def load(cls, path: str | Path) -> "Plan":
         """Reads a plan; :class:`PlanError` when it is not one, or of another schema."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise PlanError(f"cannot read {path}: {_reason(error)}") from error
+            text = read(path)
+        except RecordError as error:
+            raise PlanError(str(error)) from error
         return cls.from_json(text, str(path))
 
     @classmethod
@@ -173,7 +173,3 @@ class Plan:
                     f"known are {', '.join(ACTIONS)}"
                 )
         return plan
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

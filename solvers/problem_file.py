@@ -18,7 +18,7 @@ from memfit.solvers.problem import (
     Solution,
     Status,
 )
-from memfit.solvers.records import RecordError, decode, encode, write
+from memfit.solvers.records import RecordError, decode, encode, read, write
 
 SCHEMA = "memfit.problem/1"
 SOLUTION_SCHEMA = "memfit.solution/1"
@@ -83,10 +83,9 @@ def save_problem(problem: Problem, path: str | Path) -> None:
 def load_problem(path: str | Path, budget_bytes: int | None = None) -> Problem:
     """Reads a problem, for another budget if one is given; :class:`ProblemError` if it is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ProblemError(f"cannot read {path}: {reason}") from error
+        text = read(path)
+    except RecordError as error:
+        raise ProblemError(str(error)) from error
     problem = from_json(text, str(path))
     return problem if budget_bytes is None else replace(problem, budget_bytes=budget_bytes)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class RecordError(ValueError):
-    """A JSON value is not the record that it should be; the text names the place."""
+    """A file or a JSON value is not the record that it should be; the text names the place."""
 
 
 def encode(value: Any) -> Any:
@@ -57,6 +57,15 @@ def decode(kind: Any, value: Any, where: str = "$") -> Any:
 def _is_long(value: Any) -> bool:
     """Whether Python refuses to write a number out."""
     return type(value) is int and abs(value) >= 10**300
+
+
+def read(path: str | Path) -> str:
+    """The text of a file; :class:`RecordError` with the reason where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecordError(f"cannot read {path}: {reason}") from error
 
 
 def write(path: str | Path, text: str) -> None:
