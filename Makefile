@@ -10,7 +10,8 @@ STAMP := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo test test-slow lint bench-truth bench-frontier bench-overhead bench-solvers
+.PHONY: install demo test test-slow lint \
+  bench-truth bench-frontier bench-overhead bench-solvers bench-optimum
 
 install: $(STAMP)
 
@@ -25,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/python benchmarks/demo.py
 
+# Two processes, of one thread each.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
@@ -45,6 +47,9 @@ bench-frontier: $(STAMP)
 
 bench-solvers: $(STAMP)
 	$(BIN)/python benchmarks/solvers.py
+
+bench-optimum: $(STAMP)
+	$(BIN)/python benchmarks/optimum.py
 
 bench-overhead: $(STAMP)
 	@$(BIN)/python benchmarks/overhead.py
