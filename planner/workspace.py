@@ -80,6 +80,8 @@ def _by_rule(node: fx.Node) -> int:
         # A mask of what is -inf, whether all of a row is, and a scalar zero.
         count, row = torch.Size(node.meta["shape"]).numel(), node.meta["shape"][-1]
         return int(count + count // max(1, row) + node.meta["dtype"].itemsize)
+    if name.startswith("aten.native_layer_norm_backward"):
+        return _of_layer_norm_backward(node.args)
     if name.startswith("aten.embedding_dense_backward"):
         return 0 if _is_contiguous(tensors[0]) else _size(tensors[0], tensors[0]["dtype"])
     if len(tensors) == 2 and torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
@@ -88,6 +90,14 @@ def _by_rule(node: fx.Node) -> int:
         if common.is_floating_point:
             return sum(_size(t, common) for t in tensors if t["shape"] and t["dtype"] != common)
     return 0
+
+
+def _of_layer_norm_backward(args: Any) -> int:
+    gradient, source, shape, *_, wanted = args
+    copied = [node.meta for node in (gradient, source) if not _is_contiguous(node.meta)]
+    # What each thread sums up for the gradients of weight and bias.
+    sums = 2 * _threads() * torch.Size(shape).numel() * source.meta["dtype"].itemsize
+    return sum(_size(meta, meta["dtype"]) for meta in copied) + (sums if any(wanted[1:]) else 0)
 
 
 def _size(meta: dict[str, Any], dtype: torch.dtype) -> int:

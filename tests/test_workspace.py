@@ -42,6 +42,10 @@ def transposed_table(weight: torch.Tensor) -> torch.Tensor:
     return (rows.permute(2, 0, 1).contiguous() * torch.ones(8, 4, 8)).sum()
 
 
+def normalized(weight: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(torch.ones(4, 8, 64), (64,), weight).sum()
+
+
 def node_of(step: StepGraph, name: str) -> fx.Node:
     node: fx.Node = next(n for n in step.graph.nodes if str(n.target).startswith(name))
     return node
@@ -53,6 +57,7 @@ def node_of(step: StepGraph, name: str) -> fx.Node:
         ("aten._safe_softmax", torch.zeros(2, 2, 16, 8), attention),
         ("aten.mul.Tensor", torch.zeros(8, 64, dtype=torch.bfloat16), mixed),
         ("aten.embedding_dense_backward", torch.zeros(16, 8), transposed_table),
+        ("aten.native_layer_norm_backward", torch.ones(64), normalized),
     ],
 )
 def test_rules_agree_with_the_allocator(name: str, weight: torch.Tensor, loss: Loss) -> None:
