@@ -1,15 +1,24 @@
 """Picks the solver that suits a problem, and says which and why.
 
-Runs of identical regions are counted, other problems enumerated; without an integer programming
-solver, or when one ends without a choice, the greedy steps answer. Depends on the other solvers.
+Runs of identical regions are counted, other problems enumerated. Where there are segments, the
+nested program may do better; it also answers where no integer program can be solved. When a program
+ends without a choice, the greedy steps answer. Depends on the other solvers.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from memfit.solvers import count_ilp, flat_ilp, greedy
+from memfit.solvers import count_ilp, flat_ilp, greedy, nested_dp
 from memfit.solvers._compat import NoSolver
-from memfit.solvers.problem import DEFAULT_LIMITS, Limits, Problem, Solution, Solver, Status
+from memfit.solvers.problem import (
+    DEFAULT_LIMITS,
+    Limits,
+    Problem,
+    Solution,
+    Solver,
+    Status,
+    seconds_ceiling,
+)
 from memfit.solvers.runs import find_runs
 
 NAME = "auto"
@@ -17,24 +26,48 @@ NAME = "auto"
 
 def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     """What the picked solver finds, signed with its name; ``note`` says why it was picked."""
+    flat = _solve_flat(problem.flat(), limits)
+    if not problem.segments:
+        return flat
+    nested = nested_dp.solve(problem, limits)
+    if not flat.choices:
+        return replace(nested, note="nothing fits as long as each region holds its input")
+    if nested.choices and seconds_ceiling(nested.recompute_seconds) < flat.recompute_seconds:
+        return replace(nested, note=f"faster than what {flat.solver} finds without segments")
+    return flat
+
+
+def _solve_flat(problem: Problem, limits: Limits) -> Solution:
     picked, why = _pick(problem)
     try:
         solution = picked(problem, limits)
     except NoSolver as missing:
         why = f"no integer program can be solved: {missing}"
-    else:
-        if solution.status is not Status.UNSOLVED:
-            return replace(solution, note="; ".join(filter(None, (why, solution.note))))
-        why = f"{solution.solver} found no choice in {limits.seconds:g} s"
+        return replace(nested_dp.solve(problem, limits), note=why)
+    if solution.status is not Status.UNSOLVED:
+        return replace(solution, note="; ".join(filter(None, (why, solution.note))))
+    why = f"{solution.solver} found no choice in {limits.seconds:g} s"
     return replace(greedy.solve(problem, limits), note=why)
 
 
 def minimise_peak(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
-    """Lowest peak of all choices, whatever the budget, by the integer program that suits."""
+    """Lowest peak of all choices, whatever the budget, by the solver that suits."""
+    flat = _minimise_flat(problem.flat(), limits)
+    if not problem.segments:
+        return flat
+    nested = nested_dp.minimise_peak(problem, limits)
+    found = [solution for solution in (flat, nested) if solution.choices]
+    return min(found, key=lambda solution: solution.peak_bytes, default=nested)
+
+
+def _minimise_flat(problem: Problem, limits: Limits) -> Solution:
     find: Callable[[Problem, Limits], Solution] = flat_ilp.minimise_peak
     if _longest_run(problem) > 1:
         find = count_ilp.minimise_peak
-    return find(problem, limits)
+    try:
+        return find(problem, limits)
+    except NoSolver:
+        return nested_dp.minimise_peak(problem, limits)
 
 
 def _pick(problem: Problem) -> tuple[Solver, str]:

@@ -1,5 +1,5 @@
 """What can be had without planning: keep all, checkpoint all or every n-th region, or keep what
-attention makes and recompute the rest.
+attention makes and recompute the rest, or keep the inputs of every sqrt(n)-th region alone.
 
 ``every_n`` is ``activation_checkpointing_enable(every_n_layers=n)`` of transformers: of the regions
 that can be checkpointed, the first and every n-th after it. The budget and the limits play no part
@@ -7,6 +7,7 @@ in the choice; the status says whether the choice happens to fit. Depends on the
 only.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from memfit.solvers.problem import (
     Limits,
     Problem,
     Region,
+    Segment,
     Solution,
     Status,
     describe,
@@ -50,6 +52,33 @@ def keep_attention(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solutio
             attention = _keep(region) if checkpoint is None else checkpoint
         choices.append(attention)
     return _judged(problem, choices, "keep_attention", started)
+
+
+def sqrt_n(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
+    """Segments of about sqrt(n) of the n regions, each of which keeps the input of its first region
+    (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+
+    Unlike there, a segment's regions are recomputed one at a time once they have their inputs.
+    What is in no segment is checkpointed.
+    """
+    started = time.perf_counter()
+    choices = list(full(problem.flat()).choices)
+    longest = math.ceil(math.sqrt(len(choices)))
+    r = 0
+    while r < len(choices):
+        here = [s for s in problem.segments if s.first == r and len(s.choices) <= longest]
+        if not here:
+            r += 1
+            continue
+        segment = min(here, key=lambda s: (-len(s.choices), _stored_bytes(problem, s)))
+        choices[r : segment.stop] = segment.choices
+        r = segment.stop
+    return _judged(problem, choices, "sqrt_n", started)
+
+
+def _stored_bytes(problem: Problem, segment: Segment) -> int:
+    own = zip(problem.regions[segment.first : segment.stop], segment.choices, strict=True)
+    return sum(region.options[o].stored_bytes for region, o in own)
 
 
 def _attention(region: Region) -> int | None:

@@ -18,6 +18,7 @@ from memfit.solvers.problem import (
     Solution,
     Status,
     describe,
+    is_whole,
     peak_bytes,
     recompute_seconds,
     seconds_ceiling,
@@ -69,4 +70,4 @@ def _all_choices(problem: Problem) -> Iterator[tuple[int, ...]]:
             f"brute force tries at most {MOST_CHOICES} choices, the problem has {total}; "
             "use the solver auto"
         )
-    return product(*map(range, counts))
+    return (c for c in product(*map(range, counts)) if is_whole(problem, c))

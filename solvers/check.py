@@ -9,7 +9,7 @@ alone.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from memfit.solvers.problem import (
     DEFAULT_LIMITS,
@@ -18,6 +18,7 @@ from memfit.solvers.problem import (
     Option,
     Problem,
     Region,
+    Segment,
     Solution,
     Solver,
     Status,
@@ -75,13 +76,44 @@ def validate(problem: Problem) -> None:
             _index(f"{tensor.name} is held by option of {name}", o, len(problem.regions[r].options))
         for index in tensor.moments:
             _index(f"{tensor.name} is in moment", index, len(problem.moments))
+    for region in kinds.values():
+        chained = [option.chained for option in region.options]
+        if chained != sorted(chained):
+            raise ProblemError(f"{region.name} has chained options before others")
+    for number, segment in enumerate(problem.segments):
+        _validate_segment(f"segment {number}", segment, problem)
+    if len({(s.first, s.choices) for s in problem.segments}) < len(problem.segments):
+        raise ProblemError("a segment is offered twice")
+
+
+def _validate_segment(name: str, segment: Segment, problem: Problem) -> None:
+    _index(f"{name} begins with region", segment.first, len(problem.regions))
+    _index(f"{name} ends before region", segment.stop, len(problem.regions) + 1)
+    if len(segment.choices) < 2:
+        raise ProblemError(f"{name} has {len(segment.choices)} regions, not two or more")
+    for r, o in enumerate(segment.choices, segment.first):
+        region = problem.regions[r]
+        _index(f"{name} has option of {region.name}", o, len(region.options))
+        if region.options[o].chained is (r == segment.first):
+            raise ProblemError(f"{name} takes chained options but for its first: {region.name}")
+    _seconds(name, segment.recompute_seconds)
+    for index, held_bytes in segment.held:
+        _index(f"{name} holds in moment", index, len(problem.moments))
+        _whole(f"held bytes of {name}", held_bytes)
+        if not segment.first <= problem.moments[index].place < segment.stop:
+            raise ProblemError(f"{name} holds in {problem.moments[index].name}, outside of it")
+    if len({index for index, _ in segment.held}) < len(segment.held):
+        raise ProblemError(f"{name} names a moment twice")
 
 
 def _validate_option(name: str, option: Option) -> None:
     _whole(f"stored_bytes of {name}", option.stored_bytes)
     _whole(f"forward_bytes of {name}", option.forward_bytes)
     _whole(f"backward_bytes of {name}", option.backward_bytes)
-    seconds = option.recompute_seconds
+    _seconds(name, option.recompute_seconds)
+
+
+def _seconds(name: str, seconds: float) -> None:
     if type(seconds) not in (int, float) or not 0 <= seconds <= MOST_SECONDS:
         raise ProblemError(
             f"recompute_seconds of {name} is {_short(seconds)}, not a number from 0 to "
@@ -130,12 +162,37 @@ def verify(problem: Problem, solution: Solution) -> None:
         if not 0 <= choice < len(region.options):
             raise SolverBug(f"{who} chose option {choice} of {region.name}, which has no such one")
     options = [r.options[c] for r, c in zip(problem.regions, solution.choices, strict=True)]
-    seconds = math.fsum(option.recompute_seconds for option in options)
+    segments = _segments(problem, solution.choices, who)
+    seconds = math.fsum(
+        (*(o.recompute_seconds for o in options), *(s.recompute_seconds for s in segments))
+    )
     if not abs(seconds - solution.recompute_seconds) <= seconds_ceiling(seconds) - seconds:
         raise SolverBug(f"{who} states {solution.recompute_seconds} s, its choice takes {seconds}")
     if not solution.bound_seconds <= seconds_ceiling(seconds):
         raise SolverBug(f"{who} states a bound of {solution.bound_seconds} s above its {seconds}")
     _verify_peak(problem, solution, options)
+
+
+def _segments(problem: Problem, choices: Sequence[int], who: str) -> list[Segment]:
+    """The segment of every chain of regions, each of which must be offered."""
+    known = {(s.first, s.choices): s for s in problem.segments}
+    chains: list[list[int]] = []
+    for r, (region, choice) in enumerate(zip(problem.regions, choices, strict=True)):
+        if not region.options[choice].chained:
+            chains.append([r])
+        elif not chains:
+            raise SolverBug(f"{who} chains {region.name} to nothing")
+        else:
+            chains[-1].append(r)
+    found = []
+    for chain in chains:
+        if len(chain) > 1:
+            segment = known.get((chain[0], tuple(choices[r] for r in chain)))
+            if segment is None:
+                first, last = problem.regions[chain[0]].name, problem.regions[chain[-1]].name
+                raise SolverBug(f"{who} chains {first} to {last}, which is no segment")
+            found.append(segment)
+    return found
 
 
 def _verify_peak(problem: Problem, solution: Solution, options: list[Option]) -> None:
@@ -157,6 +214,10 @@ def _verify_peak(problem: Problem, solution: Solution, options: list[Option]) ->
 
 def replayed(problem: Problem, choices: tuple[int, ...]) -> Iterator[tuple[int, Moment]]:
     """Bytes alive at each moment, by reference counts."""
+    again: Counter[int] = Counter()
+    for segment in _segments(problem, choices, "the choice"):
+        for index, held_bytes in segment.held:
+            again[index] += held_bytes
     held: dict[int, list[int]] = defaultdict(list)
     for number, tensor in enumerate(problem.shared):
         for r, o in set(tensor.holders):
@@ -180,7 +241,7 @@ def replayed(problem: Problem, choices: tuple[int, ...]) -> Iterator[tuple[int, 
             stored -= problem.regions[region].options[choices[region]].stored_bytes
             count.subtract(held[region])
         alive = {number for number in present[index] if count[number] > 0}
-        total = moment.base_bytes + stored
+        total = moment.base_bytes + stored + again[index]
         if moment.region is not None:
             option = problem.regions[moment.region].options[choices[moment.region]]
             works = {"forward": option.forward_bytes, "backward": option.backward_bytes}

@@ -48,27 +48,44 @@ NAME = "count_ilp"
 
 def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     """Fewest seconds within the budget; at the same seconds, lowest peak."""
-    return search.solve(problem, limits, _Counting(), NAME)
+    return search.solve(problem, limits, _method(problem), NAME)
 
 
 def minimise_peak(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     """Lowest peak of all choices, whatever the budget; at the same peak, fewest seconds."""
-    return search.minimise_peak(problem, limits, _Counting(), NAME)
+    return search.minimise_peak(problem, limits, _method(problem), NAME)
 
 
+def _method(problem: Problem) -> search.Method:
+    """Counting, if there is anything to count."""
+    runs = find_runs(problem)
+    if not all(r.options for r in problem.regions) or not any(run.lines for run in runs):
+        return flat_ilp.METHOD
+
+    def by(is_bound: bool) -> search.ByProgram:
+        return search.ByProgram(
+            lambda problem, scale: _Writer(problem, scale, runs, is_bound).write()
+        )
+
+    return _Counting(by(is_bound=True), by(is_bound=False))
+
+
+@dataclass(frozen=True, slots=True)
 class _Counting:
     """The method: bound, full program, flat program, as far as it takes."""
 
+    bound: search.ByProgram
+    """Without the rows that the order is not proved for."""
+    full: search.ByProgram
+
     def fastest(self, problem: Problem, limits: Limits) -> Found:
-        if not _has_runs(problem):
-            return flat_ilp.METHOD.fastest(problem, limits)
         started = time.perf_counter()
-        bound = _BOUND.fastest_within(problem, problem.budget_bytes, limits)
+        bound = self.bound.fastest_within(problem, problem.budget_bytes, limits)
         if bound.choices is None:
             return bound
         if peak_bytes(problem, bound.choices) <= problem.budget_bytes:
             return bound
-        found = _FULL.fastest(problem, search.left(limits, started))
+        found = self.full.fastest(problem, search.left(limits, started))
         if found.choices is not None:
             found = search.judged(problem, found, bound.bound, limits)
         if found.status is Status.OPTIMAL:
@@ -79,23 +96,17 @@ class _Counting:
         return flat
 
     def lowest(self, problem: Problem, limits: Limits, ceiling: float = math.inf) -> Found:
-        if not _has_runs(problem):
-            return flat_ilp.METHOD.lowest(problem, limits, ceiling)
         started = time.perf_counter()
-        found = _FULL.lowest(problem, limits, ceiling)
+        found = self.full.lowest(problem, limits, ceiling)
         if found.choices is None:
             return flat_ilp.METHOD.lowest(problem, search.left(limits, started), ceiling)
         peak = peak_bytes(problem, found.choices)
-        bound = _BOUND.lowest(problem, search.left(limits, started), ceiling).bound
+        bound = self.bound.lowest(problem, search.left(limits, started), ceiling).bound
         is_allowed = recompute_seconds(problem, found.choices) <= seconds_ceiling(ceiling)
         if is_allowed and peak <= bound * (1 + 1e-9):
             return found
         flat = flat_ilp.METHOD.lowest(problem, search.left(limits, started), ceiling)
         return found if flat.choices is None else flat
-
-
-def _has_runs(problem: Problem) -> bool:
-    return all(r.options for r in problem.regions) and any(r.lines for r in find_runs(problem))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +121,11 @@ class _Place:
 class _Writer:
     """Writes the program of a problem, or the bound's."""
 
-    def __init__(self, problem: Problem, scale: Scale, is_bound: bool) -> None:
+    def __init__(
+        self, problem: Problem, scale: Scale, runs: tuple[Run, ...], is_bound: bool
+    ) -> None:
         self.problem = problem
+        self.runs = runs
         self.unit, self.divisor = scale.unit, scale.divisor
         self.is_bound = is_bound
         self.program = _compat.program("memfit")
@@ -122,7 +136,7 @@ class _Writer:
         self.blocks: list[tuple[Run, list[tuple[int, Any]]]] = []
 
     def write(self) -> Program:
-        for run in find_runs(self.problem):
+        for run in self.runs:
             if run.lines:
                 self._write_run(run)
             else:
@@ -285,16 +299,3 @@ class _Writer:
 def _own_bytes(option: Option, kind: Phase | Literal["after"]) -> int:
     """What a region adds to what is stored before it; ``after`` its forward, what it stores."""
     return option.stored_bytes if kind == "after" else option.work_bytes(kind)
-
-
-def formulate(problem: Problem, scale: Scale) -> Program:
-    """The program above, with all rows, without objective and budget."""
-    return _Writer(problem, scale, is_bound=False).write()
-
-
-def formulate_bound(problem: Problem, scale: Scale) -> Program:
-    """The program without the rows that the order is not proved for."""
-    return _Writer(problem, scale, is_bound=True).write()
-
-
-_FULL, _BOUND = search.ByProgram(formulate), search.ByProgram(formulate_bound)

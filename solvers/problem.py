@@ -9,6 +9,7 @@ costs. Choosing one option per region fixes the bytes alive at every moment of t
                   + stored_bytes of the regions before ``moment.stored``
                   + forward_bytes or backward_bytes of ``moment.region``
                   + size_bytes of the shared tensors that a chosen option keeps alive
+                  + held bytes of the segments that are chosen
 
 A choice is feasible when no moment exceeds the budget. Of two feasible choices the better one
 recomputes for fewer seconds or, at the same seconds (:func:`seconds_ceiling`), has the lower peak.
@@ -18,7 +19,7 @@ This module depends on nothing but the standard library; the solvers in this pac
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, Protocol
 
@@ -40,6 +41,8 @@ class Option:
     recompute_seconds: float
     keep: tuple[str, ...] = ()
     """Names of the tensors that are kept, for ``selective``."""
+    chained: bool = False
+    """Whether its input is made again by the region before it, which takes a :class:`Segment`."""
 
     def work_bytes(self, phase: Phase) -> int:
         """What its own forward or backward adds to a moment."""
@@ -48,7 +51,10 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of the model that is planned as one. Its options are in the planner's order."""
+    """A part of the model that is planned as one.
+
+    Its options are in the planner's order, those that are chained last.
+    """
 
     name: str
     options: tuple[Option, ...]
@@ -69,6 +75,11 @@ class Moment:
     """The region at work, whose option adds its ``forward_bytes`` or ``backward_bytes``."""
     phase: Phase = "forward"
 
+    @property
+    def place(self) -> int:
+        """The region before which, or at whose work, all that is counted is known."""
+        return self.stored if self.region is None else max(self.stored, self.region)
+
 
 @dataclass(frozen=True, slots=True)
 class SharedTensor:
@@ -85,6 +96,30 @@ class SharedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring regions of which only the first holds its input.
+
+    When the backward comes to the last one, those before it run again and give each its input,
+    which is then held until the region's own backward. It is chosen when the regions from
+    ``first`` run the options ``choices``, and the region after them none that is chained.
+    """
+
+    first: int
+    choices: tuple[int, ...]
+    """An option for each of its regions: the first not chained, the others all."""
+    recompute_seconds: float
+    """Of running the regions again for their results, beside what the options take."""
+    held: tuple[tuple[int, int], ...] = ()
+    """Moments, each with the bytes that are alive there beside what the options say; their
+    :attr:`Moment.place` is one of the segment's regions."""
+
+    @property
+    def stop(self) -> int:
+        """The region after the last."""
+        return self.first + len(self.choices)
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """What to choose and what limits the choice. Regions are in forward order."""
 
@@ -92,6 +127,26 @@ class Problem:
     moments: tuple[Moment, ...]
     budget_bytes: int
     shared: tuple[SharedTensor, ...] = ()
+    segments: tuple[Segment, ...] = ()
+
+    def flat(self) -> "Problem":
+        """The problem without segments: every region holds its input."""
+        counts = [sum(not option.chained for option in r.options) for r in self.regions]
+        if not self.segments and counts == [len(r.options) for r in self.regions]:
+            return self
+        return self.first_options(counts)
+
+    def first_options(self, counts: Sequence[int]) -> "Problem":
+        """The problem in which regions have so many of their options, and no segments."""
+        regions = tuple(
+            replace(region, options=region.options[:count])
+            for region, count in zip(self.regions, counts, strict=True)
+        )
+        shared = tuple(
+            replace(t, holders=tuple((r, o) for r, o in t.holders if o < counts[r]))
+            for t in self.shared
+        )
+        return replace(self, regions=regions, shared=shared, segments=())
 
 
 class Status(Enum):
@@ -171,7 +226,34 @@ def loads(problem: Problem, choices: Sequence[int]) -> tuple[int, ...]:
             moment = problem.moments[index]
             if any(r < moment.stored or r == moment.region for r in holders):
                 alive[index] += tensor.size_bytes
+    for segment in chosen_segments(problem, choices):
+        for index, held_bytes in segment.held:
+            alive[index] += held_bytes
     return tuple(alive)
+
+
+def chosen_segments(problem: Problem, choices: Sequence[int]) -> tuple[Segment, ...]:
+    """The segments that a choice is made of, beside single regions."""
+    return tuple(
+        segment
+        for segment in problem.segments
+        if tuple(choices[segment.first : segment.stop]) == segment.choices
+        and not is_chained(problem, choices, segment.stop)
+    )
+
+
+def is_chained(problem: Problem, choices: Sequence[int], region: int) -> bool:
+    """Whether a region is there and runs a chained option."""
+    regions = problem.regions
+    return region < len(regions) and regions[region].options[choices[region]].chained
+
+
+def is_whole(problem: Problem, choices: Sequence[int]) -> bool:
+    """Whether every chained option is part of a segment, as it must be."""
+    chained = sum(is_chained(problem, choices, r) for r in range(len(problem.regions)))
+    if not chained:
+        return True
+    return chained == sum(len(s.choices) - 1 for s in chosen_segments(problem, choices))
 
 
 def peak_bytes(problem: Problem, choices: Sequence[int]) -> int:
@@ -181,10 +263,11 @@ def peak_bytes(problem: Problem, choices: Sequence[int]) -> int:
 
 def recompute_seconds(problem: Problem, choices: Sequence[int]) -> float:
     """Seconds of recomputation that a choice costs in one step."""
-    return sum(
+    seconds = sum(
         region.options[c].recompute_seconds
         for region, c in zip(problem.regions, choices, strict=True)
     )
+    return seconds + sum(s.recompute_seconds for s in chosen_segments(problem, choices))
 
 
 def seconds_ceiling(seconds: float) -> float:

@@ -14,6 +14,7 @@ from memfit.solvers.problem import (
     Option,
     Problem,
     Region,
+    Segment,
     SharedTensor,
     Solution,
     Status,
@@ -38,6 +39,7 @@ class _File:
     regions: tuple[_Place, ...]
     moments: tuple[Moment, ...]
     shared: tuple[SharedTensor, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
 
 def to_json(problem: Problem) -> str:
@@ -53,6 +55,7 @@ def to_json(problem: Problem) -> str:
         tuple(_Place(region.name, numbers[region.kind]) for region in problem.regions),
         problem.moments,
         problem.shared,
+        problem.segments,
     )
     return json.dumps({"schema": SCHEMA} | encode(file), indent=1) + "\n"
 
@@ -67,7 +70,7 @@ def from_json(text: str, source: str = "the text") -> Problem:
                 f"{len(file.kinds)} kinds; {_AGAIN}"
             )
     regions = tuple(Region(p.name, file.kinds[p.kind], p.kind) for p in file.regions)
-    problem = Problem(regions, file.moments, file.budget_bytes, file.shared)
+    problem = Problem(regions, file.moments, file.budget_bytes, file.shared, file.segments)
     try:
         validate(problem)
     except ProblemError as error:

@@ -11,6 +11,7 @@ from memfit.solvers import (
     Phase,
     Problem,
     Region,
+    Segment,
     SharedTensor,
     brute_force,
 )
@@ -106,7 +107,8 @@ def runs(draw: st.DrawFn) -> Problem:
                 rows.append(Moment(f"after {r}", size, r + 1))
             else:
                 rows.append(Moment(f"{phase} {r}", size, r, r, phase))  # type: ignore[arg-type]
-    return at_some_budget(draw, Problem(regions, tuple(rows), 0, held(draw, regions, rows, unit)))
+    shared = held(draw, regions, rows, unit)
+    return at_some_budget(draw, Problem(regions, tuple(rows), 0, shared))
 
 
 def held(
@@ -132,3 +134,41 @@ def at_some_budget(draw: st.DrawFn, problem: Problem) -> Problem:
     unit = max(1, lowest // 40)
     budget = lowest + draw(st.integers(-1, 12)) * unit + draw(st.integers(-1, 1))
     return replace(problem, budget_bytes=max(0, budget))
+
+
+@st.composite
+def nested(draw: st.DrawFn) -> Problem:
+    """A problem with segments."""
+    problem = draw(runs() | problems())
+    count = len(problem.regions)
+    unit = max(1, problem.budget_bytes // 40)
+    kinds: dict[int, Region] = {}
+    for region in problem.regions:
+        chained = draw(st.lists(options(unit), max_size=2))
+        own = (*region.options, *(replace(option, chained=True) for option in chained))
+        kinds.setdefault(region.kind, replace(region, options=own[:5]))
+    regions = tuple(replace(kinds[r.kind], name=r.name) for r in problem.regions)
+    segments = {}
+    for _ in range(draw(st.integers(1, 6))):
+        first = draw(st.integers(0, count - 1))
+        choices: list[int] = []
+        for r in range(first, draw(st.integers(first, count))):
+            numbers = [o for o, x in enumerate(regions[r].options) if x.chained is (r > first)]
+            if not numbers:
+                break
+            choices.append(draw(st.sampled_from(numbers)))
+        if len(choices) < 2:
+            continue
+        inside = [
+            i for i, m in enumerate(problem.moments) if first <= m.place < first + len(choices)
+        ]
+        held = {i: draw(st.integers(0, 9)) for i in inside if draw(st.booleans())}
+        segments[first, tuple(choices)] = Segment(
+            first,
+            tuple(choices),
+            draw(st.integers(0, 6)) / 1000,
+            tuple((index, size * unit) for index, size in held.items()),
+        )
+    return at_some_budget(
+        draw, replace(problem, regions=regions, segments=tuple(segments.values()))
+    )

@@ -155,7 +155,7 @@ def test_auto_enumerates_what_has_no_runs() -> None:
     assert solution.note == "no neighbouring regions are identical enough to be counted"
 
 
-def test_auto_answers_by_steps_where_no_program_can_be_solved(
+def test_auto_has_an_answer_where_no_program_can_be_solved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def missing(*_: object) -> Solution:
@@ -164,11 +164,15 @@ def test_auto_answers_by_steps_where_no_program_can_be_solved(
     def unsolved(problem: Problem, limits: Limits) -> Solution:
         return Solution((), Status.UNSOLVED, 0.0, 0, "count_ilp")
 
-    for stand_in, why in ((missing, "none is installed"), (unsolved, "found no choice in 20 s")):
-        monkeypatch.setattr(count_ilp, "solve", stand_in)
-        solution = SOLVERS["auto"](chain(layers(4), budget=449))
-        assert (solution.solver, solution.status) == ("greedy", Status.FEASIBLE)
-        assert why in solution.note
+    problem = chain(layers(4), budget=449)
+    monkeypatch.setattr(count_ilp, "solve", missing)
+    solution = SOLVERS["auto"](problem)
+    assert (solution.solver, solution.status) == ("nested_dp", Status.OPTIMAL)
+    assert "none is installed" in solution.note
+    monkeypatch.setattr(count_ilp, "solve", unsolved)
+    solution = SOLVERS["auto"](problem)
+    assert (solution.solver, solution.status) == ("greedy", Status.FEASIBLE)
+    assert "found no choice in 20 s" in solution.note
 
 
 def test_a_solver_that_fails_is_named_and_the_next_is_tried(
@@ -186,7 +190,7 @@ def test_a_solver_that_fails_is_named_and_the_next_is_tried(
         assert (solution.recompute_seconds, solution.peak_bytes) == (0.25, 360)
         assert "HiGHS failed: out of paper" in solution.note
         if hasattr(_compat.pulp(), "PULP_CBC_CMD"):
-            assert (solution.solver == "greedy") is (stand_in is fail)
+            assert (solution.solver == "nested_dp") is (stand_in is fail)
     with pytest.raises(NoSolver, match="HiGHS failed: out of paper"):
         SOLVERS["flat_ilp"](problem)
 
