@@ -8,6 +8,7 @@ recognised by its attributes, never imported.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from memfit.integrations.forwards import ApplyError as ApplyError
 from memfit.integrations.forwards import CheckpointedForward, PlannedForward, TurnsForward
+from memfit.integrations.links import Relay
 from memfit.integrations.selective import SelectiveForward
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
@@ -42,15 +44,48 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
             f"the plan runs {unknown[0].name} as {unknown[0].action!r}, which this memfit cannot "
             "do; apply it with the memfit that made it, or make a plan with this one"
         )
-    turns: dict[str, list[RegionPlan]] = {}
-    for region in plan.regions:
-        turns.setdefault(region.name, []).append(region)
+    turns: dict[str, list[_Turn]] = {}
+    for turn in _turns(plan.regions):
+        turns.setdefault(turn.region.name, []).append(turn)
     modules = {name: _submodule(model, name) for name in turns}
     applied = AppliedPlan(plan, model)
-    for name, regions in turns.items():
-        if any(region.action != "keep" for region in regions):
-            applied.shadow(modules[name], regions)
+    relay = Relay()
+    for name, own in turns.items():
+        if any(turn.region.action != "keep" for turn in own):
+            applied.shadow(modules[name], own, relay)
     return applied
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One call of a region's module in a step."""
+
+    region: RegionPlan
+    followed: bool
+    """Whether it makes the inputs of the next region again."""
+
+    @property
+    def key(self) -> object:
+        """Equal for turns of a module that do the same."""
+        region = self.region
+        return region.action, region.keep, region.recompute_input, self.followed
+
+
+def _turns(regions: Sequence[RegionPlan]) -> list[_Turn]:
+    if regions and regions[0].recompute_input:
+        raise ApplyError(
+            f"the plan gives {regions[0].name} its input again, but there is no region before it; "
+            "make the plan again"
+        )
+    following = [*(bool(region.recompute_input) for region in regions[1:]), False][: len(regions)]
+    turns = list(map(_Turn, regions, following))
+    for turn, after in zip(turns, following, strict=True):
+        if after and turn.region.action != "selective":
+            raise ApplyError(
+                f"the plan has {turn.region.name} make the input of the region after it again, but "
+                f"runs it as {turn.region.action!r}; make the plan again"
+            )
+    return turns
 
 
 class AppliedPlan:
@@ -65,15 +100,14 @@ class AppliedPlan:
             for m in caching_modules(model)
         ]
 
-    def shadow(self, module: nn.Module, turns: Sequence[RegionPlan]) -> None:
+    def shadow(self, module: nn.Module, turns: Sequence[_Turn], relay: Relay) -> None:
         """Gives a module the forwards of its turns: as many as it is called in a step."""
         shadowed = module.__dict__.get("forward")
-        known: dict[object, PlannedForward | None] = {("keep", ()): None}
-        for region in turns:
-            key = region.action, region.keep
-            if key not in known:
-                known[key] = _planned_forward(module, shadowed, region)
-        forwards = tuple(known[r.action, r.keep] for r in turns)
+        known: dict[object, PlannedForward | None] = {}
+        for turn in turns:
+            if turn.key not in known:
+                known[turn.key] = _planned_forward(module, shadowed, turn, relay)
+        forwards = tuple(known[turn.key] for turn in turns)
         first, *others = forwards
         if all(other is first for other in others):
             assert first is not None
@@ -105,11 +139,17 @@ class AppliedPlan:
 
 
 def _planned_forward(
-    module: nn.Module, shadowed: Callable[..., Any] | None, region: RegionPlan
-) -> PlannedForward:
+    module: nn.Module, shadowed: Callable[..., Any] | None, turn: _Turn, relay: Relay
+) -> PlannedForward | None:
+    region = turn.region
+    if region.action == "keep":
+        return None
     if region.action == "checkpoint":
         return CheckpointedForward(module, shadowed)
-    return SelectiveForward(module, shadowed, region.keep, region.name)
+    linked = region.recompute_input
+    return SelectiveForward(
+        module, shadowed, region.keep, region.name, linked, turn.followed, relay
+    )
 
 
 class _Guard:

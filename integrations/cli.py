@@ -26,6 +26,8 @@ from memfit.planner.document import Plan
 from memfit.planner.errors import InfeasibleBudget, MemfitError, SolverError
 from memfit.planner.report import format_plan
 from memfit.solvers import (
+    AUTO,
+    NESTED,
     SOLVERS,
     Limits,
     NoSolver,
@@ -153,6 +155,7 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         gap=options.gap,
         time_limit_seconds=options.time_limit,
         save_problem=options.save_problem,
+        bound=options.bound,
         progress=progress,
     )
 
@@ -164,7 +167,8 @@ def _solve(options: argparse.Namespace) -> None:
         limits = Limits(options.gap, options.time_limit)
         solution = SOLVERS[options.solver](problem, limits)
         if solution.status is Status.INFEASIBLE:
-            least = solution.peak_bytes or minimise_peak(problem, limits).peak_bytes
+            offered = problem if options.solver in (AUTO, *NESTED) else problem.flat()
+            least = solution.peak_bytes or minimise_peak(offered, limits).peak_bytes
             raise InfeasibleBudget(
                 f"{solution.solver} has no choice within {problem.budget_bytes} bytes; the "
                 f"smallest budget that has one is {least} bytes: pass --budget {least}",
@@ -365,6 +369,12 @@ def _add_solving(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="recompute op by op within regions too (default), or regions whole only",
+    )
+    group.add_argument(
+        "--bound",
+        action="store_true",
+        help="say how far the plan is at most from the best one of its regions and, for a step of "
+        "few ops, from the best schedule of any kind",
     )
     _add_solver(group)
 

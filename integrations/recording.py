@@ -78,6 +78,8 @@ class Recorded:
     """For each storage that the program makes: the result that the making op returns."""
     roots: dict[int, tuple[Root, ...]]
     """For each storage from outside that can be read again: how."""
+    results: tuple[Value, ...]
+    """The tensors that the forward returns."""
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -144,8 +146,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Lets go of all tensors: autograd keeps the hook, and with it this object."""
         self.packed, self.states = [], {}
 
-    def finish(self) -> Recorded:
-        """What was recorded."""
+    def finish(self, out: Any) -> Recorded:
+        """What was recorded, of a forward that returned ``out``."""
+        results = [t for t in tensors_in(out) if self._can_follow([t])]
         return Recorded(
             Program(self._instructions, self._packs, self._roots),
             tuple(self._steps),
@@ -153,6 +156,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             frozenset(self._tied.union(*self._written())),
             self._bases,
             {storage: tuple(roots) for storage, roots in self._roots.items()},
+            tuple(map(self._value, results)),
         )
 
     def _written(self) -> Iterator[Iterator[int]]:

@@ -8,7 +8,7 @@ free as soon as autograd lets go. Depends on the records of a forward and on sch
 """
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from memfit.integrations.boxes import Box, Late, Packed, Version, boxed, modified
+from memfit.integrations.links import Link, Passed, Relay, Source
 from memfit.integrations.probes import Probe, Verdict
 from memfit.integrations.recording import Recorded, Value, generator
 from memfit.integrations.schedules import (
@@ -32,9 +33,10 @@ from memfit.integrations.schedules import (
     view_as,
 )
 from memfit.integrations.signatures import Entry, Place, device_types
+from memfit.planner.shadows import tensors_in
 
 _AS_IS = nullcontext()
-_KEEP, _KEEP_DETACHED, _KEEP_LEAF, _KEEP_IN_SLOT, _DROP = range(5)
+_KEEP, _KEEP_DETACHED, _KEEP_LEAF, _KEEP_IN_SLOT, _DROP, _PASS = range(6)
 # What is expected after the last tensor.
 _NOTHING = (None, None, None, None)
 
@@ -60,9 +62,20 @@ class Drop:
 
 
 class Replay:
-    """What to do with each tensor that a recorded forward saves, for a set of kept storages."""
+    """What to do with each tensor that a recorded forward saves, for a set of kept storages.
 
-    def __init__(self, recorded: Recorded, kept: frozenset[int], region: str) -> None:
+    ``linked`` are the arguments that the region before makes again. A region that is ``followed``
+    by one with such arguments can make its results again.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        kept: frozenset[int],
+        region: str,
+        linked: Collection[int] = (),
+        followed: bool = False,
+    ) -> None:
         program = recorded.program
         self.recorded = recorded
         self.slots: list[Slot] = []
@@ -73,6 +86,14 @@ class Replay:
             self._first.setdefault(value.storage, value)
         self._probed = program.probes(kept)
         self._held = {s: self._hold(s) for s in program.droppable if s not in kept}
+        self.results = self._find_results() if followed else {}
+        """Slots from which a storage that the forward returns is made again."""
+        self._passed = {
+            storage: root
+            for storage, roots in recorded.roots.items()
+            for root in roots
+            if root.is_argument and root.index in linked
+        }
         self.held = tuple(dict.fromkeys(self._held.values()))
         """The sets of slots that dropped storages hold on to."""
         self.dropped = self._find_dropped(region)
@@ -80,26 +101,36 @@ class Replay:
         self.arguments = [
             (position, slot.index)
             for position, slot in enumerate(self.slots)
-            if isinstance(slot, Argument)
+            if isinstance(slot, Argument) and slot.index not in linked
         ]
-        self._schedules: dict[tuple[int, frozenset[int]], Schedule] = {}
+        """Slots to be filled with arguments."""
+        self._schedules: dict[tuple[int, frozenset[int], bool], Schedule] = {}
 
-    def schedule(self, storage: int, alive: Collection[int]) -> Schedule:
+    def schedule(self, storage: int, alive: Collection[int], as_result: bool = False) -> Schedule:
         """Recomputes a storage while others are there beside those that are kept."""
-        key = storage, frozenset(alive)
+        key = storage, frozenset(alive), as_result
         schedule = self._schedules.get(key)
         if schedule is None:
-            slots = tuple(self.slots[i] for i in self._held[storage])
+            held, dropped = (self.results, {}) if as_result else (self._held, self.dropped)
+            slots = tuple(self.slots[i] for i in held[storage])
             schedule = self._schedules[key] = compile_schedule(
-                self.recorded, storage, self._kept | key[1], slots, self._first, self.dropped
+                self.recorded, storage, self._kept | key[1], slots, self._first, dropped
             )
         return schedule
+
+    def _find_results(self) -> dict[int, tuple[int, ...]]:
+        program = self.recorded.program
+        return {
+            value.storage: self._hold(value.storage, is_result=True)
+            for value in self.recorded.results
+            if value.storage not in self._kept and program.can_remake(value.storage, self._kept)
+        }
 
     def states_at(self, pack: int) -> tuple[int, ...]:
         """Slots of the generator states to be taken at a pack."""
         return tuple(i for i, s in enumerate(self.slots) if isinstance(s, State) and s.pack == pack)
 
-    def _hold(self, storage: int) -> tuple[int, ...]:
+    def _hold(self, storage: int, is_result: bool = False) -> tuple[int, ...]:
         program = self.recorded.program
         slots: dict[Slot, None] = {}
         for index in program.closure(storage, self._kept):
@@ -115,7 +146,7 @@ class Replay:
                         self.parameters.add(root.index)
             if instruction.random:
                 slots[State(program.captured_at[index], step.device)] = None
-        if storage in self._probed:
+        if storage in self._probed and not is_result:
             slots[Sample(storage)] = None  # the last
         return tuple(self._slot(slot) for slot in slots)
 
@@ -149,14 +180,18 @@ class Replay:
             expected.append((shape, stride, value.dtype, rule))
         return tuple(expected)
 
-    def _decide(self, index: int, is_first: bool) -> tuple[int, int, Drop | None]:
-        """What to do with a packed tensor, with which slot or set of slots, and what is dropped."""
+    def _decide(self, index: int, is_first: bool) -> tuple[int, int, Any]:
+        """What to do with a packed tensor, with which slot or set of slots, and what is dropped, or
+        of which argument it is a view."""
         value = self.recorded.packed[index]
         storage = value.storage
         if storage in self._held:
             dropped = self.dropped[storage]
             drop = Drop(dropped, None if value == dropped.base else value)
             return _DROP, self.held.index(self._held[storage]), drop
+        if storage in self._passed:
+            root = self._passed[storage]
+            return _PASS, self._slot(Argument(root.index)), (root.value, value)
         if is_first and Kept(storage) in self.slots:
             return _KEEP_IN_SLOT, self.slots.index(Kept(storage)), None
         if any(r.is_leaf and r.value == value for r in self.recorded.roots.get(storage, ())):
@@ -179,16 +214,24 @@ class Opened:
     """
 
     __slots__ = (
-        "_boxes", "_call", "_entry", "_expected", "_handles", "_held", "_matches", "_replay",
+        "_boxes", "_call", "_entry", "_expected", "_handles", "_held", "_matches", "_passed",
+        "_replay",
     )  # fmt: skip
 
-    def __init__(self, replay: Replay, entry: Entry, verdict: Verdict) -> None:
+    def __init__(
+        self, replay: Replay, entry: Entry, verdict: Verdict, links: Mapping[int, Link]
+    ) -> None:
         self._replay = replay
         self._entry = entry
         self._call = Call(replay, entry.places, verdict)
-        self._boxes = boxes = [Box() for _ in replay.slots]
+        self._boxes: list[Any]
+        self._boxes = boxes = [
+            links.get(slot.index) or Box() if isinstance(slot, Argument) else Box()
+            for slot in replay.slots
+        ]
         self._held = [tuple([boxes[i] for i in slots]) for slots in replay.held]
         self._handles: list[Handle] = []
+        self._passed: list[Passed] = []
         self._expected = iter(replay.expected)
         self._matches = True
         self._capture(replay.states_at(-1))
@@ -206,7 +249,7 @@ class Opened:
         what, number, drop, extra = rule
         if extra is not None:
             self._take_extra(tensor, *extra)
-        if drop is not None:
+        if what == _DROP:
             handle = Handle(self._call, drop, self._held[number], tensor)
             self._handles.append(handle)
             return handle
@@ -214,6 +257,10 @@ class Opened:
             box: Box = self._boxes[number]
             box.fill(tensor)
             return box
+        if what == _PASS:
+            passed = Passed(tensor, self._boxes[number], *drop)
+            self._passed.append(passed)
+            return passed
         if what == _KEEP_LEAF or tensor._version:
             return boxed(tensor)
         return tensor.detach() if what == _KEEP_DETACHED else tensor
@@ -238,7 +285,7 @@ class Opened:
             box = late.target
             assert isinstance(box, Box)
             # Boxes stay: they know the version that the tensor had when it was saved.
-            if isinstance(packed := self.pack(box.tensor), Handle):
+            if isinstance(packed := self.pack(box.tensor), (Handle, Passed)):
                 late.target = packed
         captured_at = self._replay.recorded.program.captured_at
         by_pack = {captured_at[i]: state for i, state in states.items() if i in captured_at}
@@ -246,8 +293,11 @@ class Opened:
             if isinstance(slot, State):
                 box.tensor = torch.frombuffer(bytearray(by_pack[slot.pack]), dtype=torch.uint8)
 
-    def commit(self) -> bool:
-        """The forward has returned: drops what is not kept; False if it keeps all after all."""
+    def commit(self, out: Any = None, relay: Relay | None = None) -> bool:
+        """The forward has returned: drops what is not kept; False if it keeps all after all.
+
+        How to make ``out`` again is left in the ``relay``, for the region that follows.
+        """
         if not self._matches or next(self._expected, None) is not None:
             self.release()
             return False
@@ -257,20 +307,35 @@ class Opened:
         for index in self._replay.parameters:
             held, name = call.places[index]
             call.versions[index] = Version(held[name])
+        for passed in self._passed:
+            passed.drop()
+        self._passed = []
         for handle in self._handles:
             handle.held = None
             call.handles.append(weakref.ref(handle))
         call.is_open = False
         self._handles = []
+        if relay is not None:
+            self._leave(out, relay)
         self.release()
         return True
 
+    def _leave(self, out: Any, relay: Relay) -> None:
+        recorded, results = self._replay.recorded, self._replay.results
+        for tensor, value in zip(tensors_in(out), recorded.results, strict=False):
+            slots = results.get(value.storage)
+            if slots is not None and tensor.shape == value.shape and tensor.dtype == value.dtype:
+                name, base = recorded.program.names[value.storage], recorded.bases[value.storage]
+                boxes = tuple([self._boxes[i] for i in slots])
+                relay.leave(tensor, Source(name, self._call, base, boxes, tensor._version))
+
     def release(self) -> None:
         """Lets go of the call; what was not committed is kept."""
-        for handle in self._handles:
-            handle.keep()
+        kept: tuple[Handle | Passed, ...] = (*self._handles, *self._passed)
+        for packed in kept:
+            packed.keep()
         # autograd keeps the hook, and with it this object, for as long as what it saved.
-        self._handles, self._held, self._boxes = [], [], []
+        self._handles, self._passed, self._held, self._boxes = [], [], [], []
         self._entry.arguments.clear()
 
 
@@ -297,6 +362,16 @@ class Call:
                 self.put(self._replay.dropped[storage], self.alive(storage))
             else:
                 self._replay.schedule(storage, alive)(self, boxes)
+
+    def remake(self, storage: int, boxes: tuple[Packed, ...]) -> torch.Tensor:
+        """The base of a storage that the forward returned."""
+        self._alive = alive = {s: ref for s, ref in self._alive.items() if ref() is not None}
+        with _as_recorded():
+            if storage in alive:
+                return self.alive(storage)
+            made = self._replay.schedule(storage, alive, as_result=True)(self, boxes)
+        assert made is not None
+        return made
 
     def put(self, dropped: Dropped, tensor: torch.Tensor) -> None:
         """Leaves a recomputed storage in its handles."""

@@ -30,7 +30,8 @@ class Reader(Protocol):
         """Leaves the base of a recomputed storage for autograd."""
 
 
-Schedule = Callable[[Reader, tuple[Any, ...]], None]
+Schedule = Callable[[Reader, tuple[Any, ...]], torch.Tensor | None]
+"""Leaves what it makes with its reader, or returns what it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ def compile_schedule(
     """The function that recomputes ``storage`` when the storages ``present`` are there.
 
     ``slots`` say what the boxes that it is given hold, ``first`` as what kept storages are held,
-    and ``dropped`` which storages autograd may ask for, with what the reader calls them.
+    and ``dropped`` which storages autograd may ask for, with what the reader calls them. Without
+    any, the function returns the base of the storage.
     """
     return _Writer(recorded, storage, present, slots, first, dropped).compile()
 
@@ -140,6 +142,7 @@ class _Writer:
         self._slots = {slot: position for position, slot in enumerate(slots)}
         self._first = first
         self._dropped = dropped
+        self._result = "" if dropped else f"s{storage}"
         program = recorded.program
         self._closure = program.closure(storage, present)
         self._written = {s for i in self._closure for s in program.instructions[i].writes}
@@ -157,12 +160,19 @@ class _Writer:
     def compile(self) -> Schedule:
         """The function."""
         loaded: set[str] = set()
+        # Arguments first: the region before may have to make them.
+        sources = {v: s for used in self._used.values() for v, s in used.items() if v[0] == "a"}
+        for variable, source in sources.items():
+            self._write(f"{variable} = {source}")
+            loaded.add(variable)
         for index in self._closure:
             for variable, source in self._used[index].items():
                 if source and variable not in loaded:
                     self._write(f"{variable} = {source}")
                     loaded.add(variable)
             self._run(index)
+        if self._result:
+            self._write(f"return {self._result}")
         exec(_code("\n".join(self._lines)), self._names)
         schedule: Schedule = self._names["recompute"]
         # The namespace would hold the function that holds it.
@@ -177,8 +187,10 @@ class _Writer:
         variables = dict.fromkeys(self._used[index])
         results = []
         for storage, path in step.made:
-            if self._is_fresh(storage) and (f"s{storage}" in self._last or self._ends(storage)):
-                results.append((f"s{storage}", path))
+            name = f"s{storage}"
+            wanted = name in self._last or name == self._result or self._ends(storage)
+            if wanted and self._is_fresh(storage):
+                results.append((name, path))
         variables.update(dict.fromkeys(name for name, _ in results))
         if instruction.random:
             slot = State(self._recorded.program.captured_at[index], step.device)
@@ -195,6 +207,7 @@ class _Writer:
             if self._makers(storage)[-1:] == (index,) and self._ends(storage):
                 name = self._constant(self._dropped[storage])
                 self._write(f"call.put({name}, s{storage})")
+        variables.pop(self._result, None)
         if done := [v for v in variables if self._last.get(v, index) <= index]:
             self._write(f"del {', '.join(done)}")
 

@@ -8,6 +8,7 @@ recorded keeps everything: then gradients are right and only memory is more than
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from memfit.integrations.boxes import Box, unpack
 from memfit.integrations.forwards import MemfitWarning, PlannedForward
+from memfit.integrations.links import Given, Link, Relay
 from memfit.integrations.probes import Verdict
 from memfit.integrations.recording import Recorded, Recording
 from memfit.integrations.replay import Opened, Replay
@@ -30,7 +32,9 @@ class SelectiveForward(PlannedForward):
     """Keeps the saved tensors that are named in ``keep``, and recomputes the others on demand.
 
     Names are those of :class:`memfit.planner.program.Program`; ``name`` is what to call the module
-    in messages.
+    in messages. Arguments named in ``recompute_input``, by their names in the region before, are
+    not held either: that region, which is ``followed`` by this one, leaves in their common
+    ``relay`` how to make them again.
     """
 
     def __init__(
@@ -39,9 +43,15 @@ class SelectiveForward(PlannedForward):
         shadowed: Callable[..., Any] | None,
         keep: tuple[str, ...],
         name: str = "",
+        recompute_input: tuple[str, ...] = (),
+        followed: bool = False,
+        relay: Relay | None = None,
     ) -> None:
         super().__init__(module, shadowed)
         self._keep = frozenset(keep)
+        self._linked = frozenset(recompute_input)
+        self._followed = followed
+        self._relay = relay
         self._name = name or type(module).__name__
         self._programs: dict[tuple[Any, ...], Replay | None] = {}
         self._verdict = Verdict()
@@ -50,7 +60,8 @@ class SelectiveForward(PlannedForward):
         self._recording = threading.Lock()
 
     def _options(self) -> tuple[Any, ...]:
-        return tuple(sorted(self._keep)), self._name
+        linked = tuple(sorted(self._linked))
+        return tuple(sorted(self._keep)), self._name, linked, self._followed, self._relay
 
     # In a model that is compiled the graph breaks here, and the region runs as it is.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -64,26 +75,51 @@ class SelectiveForward(PlannedForward):
         except Unreadable as reason:
             self._warn("arguments", f"keeps everything: {reason}. {_WAY_OUT}")
             return forward(*args, **kwargs)
+        links = self._find_links(entry) if self._linked else {}
+        if links:
+            entry = replace(entry, key=(*entry.key, *links))
         if entry.key not in self._programs:
             if not self._recording.acquire(blocking=False):
                 return forward(*args, **kwargs)  # another thread records, or this one further out
             try:
-                return self._record(forward, args, kwargs, entry)
+                return self._record(forward, args, kwargs, entry, links)
             finally:
                 self._recording.release()
         replay = self._programs[entry.key]
         if replay is None:
             return forward(*args, **kwargs)
-        return self._replay(forward, args, kwargs, entry, replay)
+        return self._replay(forward, args, kwargs, entry, replay, links)
+
+    def _find_links(self, entry: Entry) -> dict[int, Link]:
+        """The arguments that the region before can make again."""
+        links = {}
+        assert self._relay is not None
+        for index, argument in enumerate(entry.arguments):
+            source = self._relay.take(argument, self._linked)
+            if source is not None:
+                links[index] = Link(Given(source), source, argument)
+        if len(links) < len(self._linked):
+            self._warn(
+                "unlinked",
+                "holds its input against the plan: the region before it does not make "
+                f"{', '.join(sorted(self._linked))} as it was planned to. {_WAY_OUT}",
+            )
+        return links
 
     def _replay(
-        self, forward: Callable[..., Any], args: Any, kwargs: Any, entry: Entry, replay: Replay
+        self,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        entry: Entry,
+        replay: Replay,
+        links: dict[int, Link],
     ) -> Any:
-        opened = Opened(replay, entry, self._verdict)
+        opened = Opened(replay, entry, self._verdict, links)
         try:
             with torch.autograd.graph.saved_tensors_hooks(opened.pack, unpack):
                 out = forward(*args, **kwargs)
-            if not opened.commit():
+            if not opened.commit(out, self._relay if self._followed else None):
                 self._forget(entry)
         finally:
             opened.release()
@@ -99,28 +135,38 @@ class SelectiveForward(PlannedForward):
             f"it was recorded; after {_MISMATCHES} such calls it will keep everything. {_WAY_OUT}",
         )
 
-    def _record(self, forward: Callable[..., Any], args: Any, kwargs: Any, entry: Entry) -> Any:
+    def _record(
+        self,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        entry: Entry,
+        links: dict[int, Link],
+    ) -> Any:
         recording = Recording(self._own(), entry)
         try:
             with recording.running():
                 out = forward(*args, **kwargs)
             if len(self._programs) >= _PROGRAMS:
                 del self._programs[next(iter(self._programs))]
-            self._programs[entry.key] = self._decide(recording, entry)
+            self._programs[entry.key] = self._decide(recording, entry, links, out)
         finally:
             recording.release()
         return out
 
-    def _decide(self, recording: Recording, entry: Entry) -> Replay | None:
+    def _decide(
+        self, recording: Recording, entry: Entry, links: dict[int, Link], out: Any
+    ) -> Replay | None:
         """Drops what the plan does not keep of what a recording saved; None if all is kept."""
         if recording.dynamic:
             self._warn("dynamic", f"keeps everything: {recording.dynamic}. {_WAY_OUT}")
             return None
-        recorded = recording.finish()
-        replay = Replay(recorded, self._kept(recorded, recording), self._name)
-        opened = Opened(replay, entry, self._verdict)
+        recorded = recording.finish(out)
+        kept = self._kept(recorded, recording)
+        replay = Replay(recorded, kept, self._name, links, self._followed)
+        opened = Opened(replay, entry, self._verdict, links)
         opened.pack_recorded(recording.packed, recording.states)
-        opened.commit()
+        opened.commit(out, self._relay if self._followed else None)
         return replay
 
     def _kept(self, recorded: Recorded, recording: Recording) -> frozenset[int]:

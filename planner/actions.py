@@ -4,11 +4,12 @@ Which tensors may be kept is worked out once for regions that run the same progr
 effects of the actions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from memfit.planner import recompute
 from memfit.planner.kept_sets import KeptSet, kept_sets, lean_sets
+from memfit.planner.leads import Lead, leads_to
 from memfit.planner.options import RegionOption
 from memfit.planner.program import Program
 from memfit.planner.regions import Region
@@ -35,7 +36,7 @@ def find_options(
     nodes = step.nodes()
     known: dict[object, tuple[Program, dict[KeptSet, bool]]] = {}
     found = []
-    for region in regions:
+    for r, region in enumerate(regions):
         options = [RegionOption("keep", recompute.keep(step, region), 0.0)]
         if not region.kept_because:
             effect = recompute.checkpoint(step, region, rng_state_bytes)
@@ -48,10 +49,9 @@ def find_options(
                     known[key] = compiled.program, sets
                 program, sets = known[key]
                 compiled = replace(compiled, program=program)
-                options += [
-                    _selective(step, region, compiled, kept, rng_state_bytes, lean)
-                    for kept, lean in sets.items()
-                ]
+                lead = leads_to(step, regions, r)
+                for kept, lean in sets.items():
+                    options += _selective(step, region, compiled, kept, rng_state_bytes, lean, lead)
         found.append(tuple(options))
     return tuple(found)
 
@@ -72,9 +72,11 @@ def _selective(
     kept: KeptSet,
     rng_state_bytes: int,
     lean: bool,
-) -> RegionOption:
+    lead: Lead | None,
+) -> Iterator[RegionOption]:
+    """The option that keeps ``kept``, and the same without its input if a lead can make that."""
     effect = selective(step, region, compiled, kept, rng_state_bytes)
-    return RegionOption(
+    option = RegionOption(
         "selective",
         effect,
         effect.seconds(step),
@@ -82,3 +84,8 @@ def _selective(
         compiled.names(frozenset(compiled.program.droppable) - kept),
         lean,
     )
+    yield option
+    if lead is not None:
+        effect = selective(step, region, compiled, kept, rng_state_bytes, lead.links)
+        if led := lead.option(step, option, effect):
+            yield led

@@ -87,6 +87,19 @@ class SolverReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """What no plan goes below, as a share of the unplanned step's seconds like the overhead."""
+
+    regions: float
+    """Of all choices that the plan's regions and options allow."""
+    proved_by: str
+    general: float | None
+    """Of every schedule of the step's ops; null where the step is too large."""
+    note: str
+    """How the general one was found, or why it was not."""
+
+
+@dataclass(frozen=True, slots=True)
 class RegionPlan:
     """What happens to one region: ``keep``, ``checkpoint`` or ``selective``."""
 
@@ -103,6 +116,8 @@ class RegionPlan:
     """Why the region could only be kept; empty when it was a choice."""
     recompute: tuple[str, ...] = ()
     """For ``selective``: the activations that are recomputed."""
+    recompute_input: tuple[str, ...] = ()
+    """Inputs that are not held but made again by the region before, by their names there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +141,7 @@ class Plan:
     solver: SolverReport
     regions: tuple[RegionPlan, ...]
     baselines: tuple[Baseline, ...] = ()
+    bounds: Bounds | None = None
 
     def to_json(self) -> str:
         """The plan as indented JSON, ending in a newline."""

@@ -7,9 +7,10 @@ when one region decides about it, and to a shared tensor when several do. Depend
 records, on ``recompute`` for what an option does, and on the solver's records.
 """
 
-from collections import defaultdict
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,6 +34,27 @@ class RegionOption:
     recompute: tuple[str, ...] = ()
     lean: bool = True
     """Offered whatever the ops cost; the smallest budget that has a plan is made of these."""
+    recompute_input: tuple[str, ...] = ()
+    """Names of the inputs that the region before makes again, by their names there."""
+    lead: str = ""
+    """The module that makes them, where it is no region of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOption:
+    """A segment: an option for each of its regions, and what runs again to make their inputs."""
+
+    first: int
+    choices: tuple[int, ...]
+    rerun: Recomputation
+    """Before the first need of the last region's backward."""
+    seconds: tuple[float, ...]
+    """For each region what it runs again for the next; 0 for the last."""
+
+    @property
+    def last(self) -> int:
+        """The region whose backward comes first."""
+        return self.first + len(self.choices) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +81,12 @@ def build_problem(
     options: Options,
     budget_bytes: int,
     allocation_bytes: int = 1,
+    segments: Sequence[SegmentOption] = (),
 ) -> solver.Problem:
-    """The problem whose rows say what the simulator will say, for any choice of the options."""
+    """The problem whose rows say what the simulator will say, for any choice of the options.
+
+    ``segments`` are those that it may choose, in place of single regions.
+    """
     builder = _Builder(step, regions, options, allocation_bytes)
     windows = _windows(step, regions, builder.cuts())
     shared = builder.shared(windows)
@@ -77,7 +103,10 @@ def build_problem(
         )
         kind = kinds.setdefault((region.kind, described), len(kinds))
         out.append(solver.Region(region.name, described, kind))
-    return solver.Problem(tuple(out), moments, budget_bytes, shared)
+    offered = (builder.segment(segment, windows) for segment in segments)
+    # What is held while others work is more than the solvers know of.
+    within = (s for s in offered if all(s.first <= moments[i].place < s.stop for i, _ in s.held))
+    return solver.Problem(tuple(out), moments, budget_bytes, shared, tuple(within))
 
 
 class _Builder:
@@ -172,8 +201,8 @@ class _Builder:
     def option(self, r: int, o: int, forward: _Window, backward: _Window) -> solver.Option:
         """The numbers of one option: stored bytes and the peaks of its own forward and backward."""
         option, region = self._options[r][o], self._regions[r]
-        own = self._own[r, o] + [
-            (round_up(size, self._round), start, stop) for size, start, stop in option.effect.extra
+        own = self._spans(r, o) + [
+            (size, region.backward_start, until) for size, until in self._given(r, o)
         ]
         between = (region.stop, region.backward_start)
         stored = sum(
@@ -186,7 +215,38 @@ class _Builder:
             self._most(own, backward, option.effect.recomputations),
             option.recompute_seconds,
             option.keep,
+            bool(option.recompute_input) and not option.lead,
         )
+
+    def segment(self, segment: SegmentOption, windows: Sequence[_Window]) -> solver.Segment:
+        """What a segment holds beside its options: the inputs that were made again and wait."""
+        last, at, starts = segment.last, segment.rerun.at, [w.start for w in windows]
+        held: Counter[int] = Counter()
+        for r, o in enumerate(segment.choices[1:], segment.first + 1):
+            for size, until in self._given(r, o):
+                for index in range(bisect_right(starts, at) - 1, bisect_left(starts, until)):
+                    window = windows[index]
+                    if (window.region, window.phase) != (r, "backward"):
+                        held[index] += size
+        index = bisect_right(starts, at) - 1
+        window, own = windows[index], self._spans(last, segment.choices[-1])
+        most = self._most(own, replace(window, stop=window.start + 1), (segment.rerun,))
+        alone = self.option(last, segment.choices[-1], window, window).backward_bytes
+        held[index] = max(held[index], most - alone)
+        seconds = sum(segment.seconds)
+        return solver.Segment(segment.first, segment.choices, seconds, tuple(sorted(held.items())))
+
+    def _spans(self, r: int, o: int) -> list[_Span]:
+        """What an option decides about alone, and what it allocates for itself."""
+        extra = self._options[r][o].effect.extra
+        return self._own[r, o] + [(round_up(size, self._round), a, b) for size, a, b in extra]
+
+    def _given(self, r: int, o: int) -> list[tuple[int, int]]:
+        """Bytes of the inputs that are made again for an option, and until when it holds them."""
+        chain = self._options[r][o].effect.chain
+        if chain is None:
+            return []
+        return [(self._size[storage], until) for storage, until in chain.given.items()]
 
     def _most(
         self,

@@ -5,6 +5,7 @@ planner and on the solvers.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from memfit.planner import document
 from memfit.planner.batches import Batch, make_batch
+from memfit.planner.bound import find_bounds
 from memfit.planner.budget import format_bytes, parse_budget
 from memfit.planner.capture import BatchArguments, capture
 from memfit.planner.costs import price
@@ -26,7 +28,7 @@ from memfit.planner.shadows import tensors_in
 from memfit.planner.solving import Outcome, Task
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.target import Target, find_target, free_bytes
-from memfit.solvers import SOLVERS, Limits
+from memfit.solvers import SOLVERS, Limits, Solution
 from memfit.solvers import save_problem as write_problem
 
 Progress = Callable[[str], None]
@@ -47,6 +49,7 @@ def plan(
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
     save_problem: str | Path | None = None,
+    bound: bool = False,
     progress: Progress | None = None,
 ) -> document.Plan:
     """Plans one training step of ``model`` into ``budget`` bytes of device memory.
@@ -88,6 +91,9 @@ def plan(
         share ``gap`` of the step's seconds, or after so long.
     save_problem
         A file for the solver's problem, which ``memfit solve`` reads.
+    bound
+        Say in the plan how far it is at most from the best that its regions allow and, for a step
+        of few ops, from the best schedule of any kind.
     progress
         Called with a line of text when a part of the work begins.
 
@@ -122,6 +128,8 @@ def plan(
     if save_problem is not None:
         write_problem(task.problem, save_problem)
     outcome = task.solve(solver)
+    if save_problem is not None and outcome.task is not task:
+        write_problem(outcome.task.problem, save_problem)
     notes = (batch_note, *target.notes, *step.notes, _solver_note(outcome))
     workload = document.Workload(
         batch=_batch_specs(arguments),
@@ -132,7 +140,11 @@ def plan(
         autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
         notes=tuple(filter(None, notes)),
     )
-    return _write_plan(task, outcome, model, workload)
+    written = _write_plan(outcome, model, workload)
+    if not bound:
+        return written
+    say("looking for bounds")
+    return replace(written, bounds=find_bounds(outcome))
 
 
 def _priced(step: StepGraph, target: Target, costs: str, say: Progress) -> tuple[StepGraph, str]:
@@ -154,10 +166,8 @@ def _priced(step: StepGraph, target: Target, costs: str, say: Progress) -> tuple
     )
 
 
-def _write_plan(
-    task: Task, outcome: Outcome, model: nn.Module, workload: document.Workload
-) -> document.Plan:
-    solution = outcome.solution
+def _write_plan(outcome: Outcome, model: nn.Module, workload: document.Workload) -> document.Plan:
+    task, solution = outcome.task, outcome.solution
     none, full = (task.simulate(SOLVERS[name](task.problem)) for name in ("none", "full"))
     peak = describe_peak(task.step, task.regions, outcome.timeline)
     seconds = task.step.seconds
@@ -182,7 +192,7 @@ def _write_plan(
         solver=document.SolverReport(
             solution.solver, solution.status.value, solution.gap, solution.solve_seconds
         ),
-        regions=tuple(_region(task, r, c) for r, c in enumerate(solution.choices)),
+        regions=_regions(task, solution),
         baselines=tuple(_baseline(o, seconds) for o in (none, full)),
     )
 
@@ -192,7 +202,21 @@ def _solver_note(outcome: Outcome) -> str:
     return f"solved by {solution.solver}: {solution.note}" if solution.note else ""
 
 
-def _region(task: Task, index: int, choice: int) -> document.RegionPlan:
+def _regions(task: Task, solution: Solution) -> tuple[document.RegionPlan, ...]:
+    again = {
+        r: seconds
+        for segment in task.segments_of(solution)
+        for r, seconds in enumerate(segment.seconds, segment.first)
+    }
+    regions = []
+    for r, c in enumerate(solution.choices):
+        if lead := task.options[r][c].lead:
+            regions.append(document.RegionPlan(lead, "selective", (), 0, 0, 0.0))
+        regions.append(_region(task, r, c, again.get(r, 0.0)))
+    return tuple(regions)
+
+
+def _region(task: Task, index: int, choice: int, again: float) -> document.RegionPlan:
     region, options = task.regions[index], task.options[index]
     stored = [_stored_bytes(task.step, region, o) for o in options]
     return document.RegionPlan(
@@ -201,9 +225,10 @@ def _region(task: Task, index: int, choice: int) -> document.RegionPlan:
         keep=options[choice].keep,
         stored_bytes=stored[choice],
         freed_bytes=stored[0] - stored[choice],
-        recompute_seconds=options[choice].recompute_seconds,
+        recompute_seconds=options[choice].recompute_seconds + again,
         kept_because=region.kept_because,
         recompute=options[choice].recompute,
+        recompute_input=options[choice].recompute_input,
     )
 
 

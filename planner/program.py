@@ -103,12 +103,13 @@ class Program:
         """Saved storages that stay when ``wanted`` shall: these, and what cannot be recomputed."""
         kept = frozenset(s for s in self.droppable if s in wanted)
         for storage in self.droppable:
-            if storage not in kept and not self._is_recomputable(storage, kept):
+            if storage not in kept and not self.can_remake(storage, kept):
                 kept |= {storage}
         return kept
 
-    def _is_recomputable(self, storage: int, kept: frozenset[int]) -> bool:
-        return self._fixed.isdisjoint(self.closure(storage, kept))
+    def can_remake(self, storage: int, kept: frozenset[int]) -> bool:
+        """Whether a storage can be recomputed when those of ``kept`` are there."""
+        return storage in self.makers and self._fixed.isdisjoint(self.closure(storage, kept))
 
     def closure(self, storage: int, present: frozenset[int]) -> tuple[int, ...]:
         """Instructions that make ``storage`` again when the storages ``present`` are there."""

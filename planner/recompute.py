@@ -43,6 +43,20 @@ class Recomputation:
 
 
 @dataclass(frozen=True, slots=True)
+class Chain:
+    """How a region is tied to its neighbours in a segment."""
+
+    inputs: frozenset[int]
+    """Storages that the region before makes again."""
+    given: dict[int, int]
+    """Of these, what its own backward needs, with the clock until which it holds them."""
+    given_at: int
+    """Clock at which its own backward first needs one of them; -1 if it never does."""
+    rerun: Recomputation | None
+    """How it makes the inputs of the region after it again; when is decided by the segment."""
+
+
+@dataclass(frozen=True, slots=True)
 class Effect:
     """What a region under an action does to the step, beside running its ops."""
 
@@ -52,6 +66,7 @@ class Effect:
     """Further allocations: bytes, first clock, clock at which they are freed."""
     recomputations: tuple[Recomputation, ...] = ()
     """In the order in which they run."""
+    chain: Chain | None = None
 
     def seconds(self, step: StepGraph) -> float:
         """Seconds that its recomputations take."""

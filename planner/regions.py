@@ -8,6 +8,7 @@ Depends on networkx for the dataflow.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,25 +51,41 @@ def find_regions(step: StepGraph) -> tuple[Region, ...]:
     kinds: dict[object, int] = {}
     times = Counter(call.module for call in step.calls)
     times.subtract(step.calls[call].module for call in calls)
-    regions = []
-    for call in calls:
-        record = step.calls[call]
-        signature = _signature(step, call)
-        asked = [s for i in record.saved if (s := step.saved[i].unpacked) is not None]
-        regions.append(
-            Region(
-                name=record.module,
-                call=call,
-                start=record.start,
-                stop=record.stop,
-                saved=record.saved,
-                backward_start=min(asked),
-                backward_stop=max(step.saved[i].released for i in record.saved),
-                kind=kinds.setdefault(signature, len(kinds)),
-                kept_because=_why_kept(step, call, times[record.module]),
-            )
+    return tuple(
+        _region(
+            step,
+            call,
+            kinds.setdefault(_signature(step, call), len(kinds)),
+            times[step.calls[call].module],
         )
-    return tuple(regions)
+        for call in calls
+    )
+
+
+def find_lead(step: StepGraph, regions: Sequence[Region], storage: int) -> Region | None:
+    """The module call outside of all regions that makes a storage; None if no such one does."""
+    call = step.ops[step.storages[storage].born].call
+    record = step.calls[call]
+    if call <= 0 or any(r.start < record.stop and record.start < r.stop for r in regions):
+        return None
+    times = sum(other.module == record.module for other in step.calls) - 1
+    return _region(step, call, -1, times)
+
+
+def _region(step: StepGraph, call: int, kind: int, other_calls: int) -> Region:
+    record = step.calls[call]
+    asked = [s for i in record.saved if (s := step.saved[i].unpacked) is not None]
+    return Region(
+        name=record.module,
+        call=call,
+        start=record.start,
+        stop=record.stop,
+        saved=record.saved,
+        backward_start=min(asked, default=len(step.ops)),
+        backward_stop=max((step.saved[i].released for i in record.saved), default=len(step.ops)),
+        kind=kind,
+        kept_because=_why_kept(step, call, other_calls),
+    )
 
 
 class _CallTree:

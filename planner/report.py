@@ -59,6 +59,7 @@ def _facts(plan: Plan) -> str:
         ),
         "overhead": _overhead(plan),
         "solver": _solver(plan),
+        "bound": _bound(plan),
     }
     return "\n".join(
         _wrapped(f"{label:{_LABEL_WIDTH}}", text) for label, text in facts.items() if text
@@ -103,6 +104,19 @@ def _solver(plan: Plan) -> str:
     )
 
 
+def _bound(plan: Plan) -> str:
+    bounds = plan.bounds
+    if bounds is None:
+        return ""
+    text = (
+        f"no plan of these regions has less than {_percent(bounds.regions)} of overhead "
+        f"({bounds.proved_by})"
+    )
+    if bounds.general is None:
+        return f"{text}; {bounds.note}"
+    return f"{text}, and no schedule of any kind less than {_percent(bounds.general)}"
+
+
 # -- what is done --------------------------------------------------------------------------------
 
 
@@ -120,9 +134,12 @@ def _regions(regions: Sequence[RegionPlan]) -> str:
         first = group[0]
         if first.kept_because:
             lines.append(_wrapped("  kept: ", first.kept_because))
-        if first.action == "selective":
+        if first.keep or first.recompute:
             lines.append(_wrapped("  keep: ", ", ".join(first.keep) or "nothing"))
             lines.append(_wrapped("  recompute: ", ", ".join(first.recompute)))
+        if first.recompute_input:
+            made = ", ".join(first.recompute_input)
+            lines.append(_wrapped("  input: ", f"made again by the region before ({made})"))
     return "\n".join(lines)
 
 
@@ -160,7 +177,8 @@ def _continues(last: RegionPlan, region: RegionPlan) -> bool:
 
 
 def _treatment(region: RegionPlan) -> tuple[object, ...]:
-    return region.action, region.kept_because, region.keep, region.recompute
+    what = region.keep, region.recompute, region.recompute_input
+    return region.action, region.kept_because, *what
 
 
 def _region_cells(group: Sequence[RegionPlan]) -> tuple[str, ...]:

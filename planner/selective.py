@@ -6,7 +6,7 @@ else they made for autograd to ask for. Which instructions, and from what, is de
 :mod:`memfit.planner.program`; this file adds when, and for how long. Depends on the step's records.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,13 +14,23 @@ from torch import fx
 
 from memfit.planner.op_facts import is_dynamic, makes_blank, runs_once
 from memfit.planner.program import Instruction, Pack, Program
-from memfit.planner.recompute import Copy, Effect, Recomputation
+from memfit.planner.recompute import Chain, Copy, Effect, Recomputation
 from memfit.planner.regions import Region
 from memfit.planner.step_graph import Kind, Saved, StepGraph
 
 _READABLE = (Kind.PARAMETER, Kind.BUFFER)
 # Place of a tensor that the backward never asks for.
 _NEVER = (1 << 62, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Storages of the step that pass from a region to the next and that are not held."""
+
+    inputs: frozenset[int]
+    """Made again by the region before."""
+    outputs: frozenset[int]
+    """Made again for the region after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,10 @@ class RegionProgram:
     def names(self, storages: Collection[int]) -> tuple[str, ...]:
         """Names of some storages of the program, in the order in which they are saved."""
         return tuple(self.program.names[s] for s in self.program.droppable if s in storages)
+
+    def local(self, storages: Collection[int]) -> frozenset[int]:
+        """The numbers that storages of the step have here."""
+        return frozenset(n for n, s in enumerate(self.storages) if s in storages)
 
 
 def region_program(
@@ -78,12 +92,14 @@ def selective(
     compiled: RegionProgram,
     kept: frozenset[int],
     rng_state_bytes: int,
+    links: Links | None = None,
 ) -> Effect:
     """The region when it keeps the storages ``kept`` of its program.
 
-    ``rng_state_bytes`` is the size of a saved generator state.
+    ``rng_state_bytes`` is the size of a saved generator state; ``links`` are those of a region in a
+    segment.
     """
-    return _Selective(step, region, compiled, kept, rng_state_bytes).effect()
+    return _Selective(step, region, compiled, kept, rng_state_bytes, links).effect()
 
 
 class _Selective:
@@ -96,6 +112,7 @@ class _Selective:
         compiled: RegionProgram,
         kept: frozenset[int],
         rng_state_bytes: int,
+        links: Links | None,
     ) -> None:
         self._step = step
         self._region = region
@@ -103,6 +120,8 @@ class _Selective:
         self._storages = compiled.storages
         self._kept = kept
         self._rng_state_bytes = rng_state_bytes
+        self._links = links
+        self._given: dict[int, int] = {}
         self._dropped: dict[int, list[Saved]] = {}
         for pack, index in zip(self._program.packs, region.saved, strict=True):
             if pack.storage in self._program.makers and pack.storage not in kept:
@@ -114,15 +133,60 @@ class _Selective:
         for pack, index in zip(self._program.packs, self._region.saved, strict=True):
             saved = self._step.saved[index]
             if pack.storage not in self._dropped:
-                _extend(holds, saved.storage, saved.until)
+                self._hold(holds, saved.storage, saved.until)
                 continue
             _extend(holds, saved.storage, self._region.stop)
-            sources = self._program.sources(pack.storage, self._kept)
-            for storage in sources.storages:
-                _extend(holds, self._storages[storage], saved.released)
-            for instruction in sources.random:
-                _extend(states, self._program.captured_at[instruction], saved.released)
-        return Effect(holds, (*self._states(states), *self._samples()), self._recomputations())
+            self._hold_sources(holds, states, pack.storage, saved.released)
+        for storage in self._outputs():
+            # The regions after this one have their backward, and need it, before.
+            self._hold_sources(holds, states, storage, self._region.backward_start)
+        recomputations = self._recomputations()
+        extra = (*self._states(states), *self._samples())
+        return Effect(holds, extra, recomputations, self._chain(recomputations))
+
+    def _hold(self, holds: dict[int, int], storage: int, until: int) -> None:
+        if self._links and storage in self._links.inputs:
+            _extend(self._given, storage, until)
+            until = self._region.stop
+        _extend(holds, storage, until)
+
+    def _hold_sources(
+        self, holds: dict[int, int], states: dict[int, int], storage: int, until: int
+    ) -> None:
+        """What a storage of the program is made from again, held until then."""
+        sources = self._program.sources(storage, self._kept)
+        for source in sources.storages:
+            self._hold(holds, self._storages[source], until)
+        for instruction in sources.random:
+            _extend(states, self._program.captured_at[instruction], until)
+
+    def _outputs(self) -> list[int]:
+        if self._links is None:
+            return []
+        return [n for n, s in enumerate(self._storages) if s in self._links.outputs]
+
+    def _chain(self, recomputations: Sequence[Recomputation]) -> Chain | None:
+        if self._links is None:
+            return None
+        inputs = self._links.inputs
+        needed = [
+            r.at
+            for r in recomputations
+            if any(not inputs.isdisjoint(self._step.ops[i].inputs) for i in r.ops)
+        ]
+        for index in self._region.saved:
+            saved = self._step.saved[index]
+            if saved.storage in inputs and saved.unpacked is not None:
+                needed.append(saved.unpacked)
+        return Chain(inputs, self._given, min(needed, default=-1), self._rerun())
+
+    def _rerun(self) -> Recomputation | None:
+        closures = [self._program.closure(s, self._kept) for s in self._outputs()]
+        if not closures:
+            return None
+        closure = tuple(sorted(set().union(*closures)))
+        ops = tuple(self._region.start + i for i in closure)
+        return Recomputation(self._region.backward_start, ops, self._copies(closure, {}))
 
     def _states(self, states: dict[int, int]) -> list[tuple[int, int, int]]:
         if not self._rng_state_bytes:

@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from memfit.planner.actions import find_options
 from memfit.planner.budget import format_bytes
 from memfit.planner.errors import InfeasibleBudget, SolverError
-from memfit.planner.options import RegionOption, build_problem
+from memfit.planner.options import RegionOption, SegmentOption, build_problem
 from memfit.planner.regions import Region, find_regions
+from memfit.planner.segments import find_segments, with_reruns
 from memfit.planner.simulate import Timeline, simulate
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.target import Target
 from memfit.solvers import (
+    AUTO,
     BASELINES,
+    NESTED,
     SOLVERS,
     Limits,
     NoSolver,
@@ -23,11 +26,14 @@ from memfit.solvers import (
     ProblemError,
     Solution,
     Status,
+    chosen_segments,
     minimise_peak,
 )
 
 # How often a choice whose simulated peak misses the budget is solved again.
 TIGHTENINGS = 8
+# Of what checkpointing everything recomputes: from there on segments may be worth it.
+_NEARLY = 0.9
 _ALL_FITS = "everything fits, so that there was nothing to choose"
 
 
@@ -37,6 +43,14 @@ class Outcome:
 
     solution: Solution
     timeline: Timeline
+    task: "Task"
+    """Whose options were chosen."""
+
+
+def _faster(a: Outcome | None, b: Outcome | None) -> Outcome | None:
+    """The one that recomputes for less, the first if there is no difference."""
+    found = [outcome for outcome in (a, b) if outcome is not None]
+    return min(found, key=lambda outcome: outcome.solution.recompute_seconds, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ class Task:
     options: tuple[tuple[RegionOption, ...], ...]
     problem: Problem
     limits: Limits
+    segments: tuple[SegmentOption, ...] = ()
 
     @staticmethod
     def of(
@@ -65,22 +80,54 @@ class Task:
         )
         return Task(step, target, regions, options, problem, limits)
 
+    def with_segments(self) -> "Task":
+        """The task that may choose segments, beside those options that do not depend on costs."""
+        lean = tuple(tuple(o for o in own if o.lean) for own in self.options)
+        options, segments = find_segments(
+            self.step, self.regions, lean, self.target.rng_state_bytes
+        )
+        problem = build_problem(
+            self.step,
+            self.regions,
+            options,
+            self.problem.budget_bytes,
+            self.target.device.allocation_bytes,
+            segments,
+        )
+        return replace(self, options=options, problem=problem, segments=segments)
+
     def solve(self, solver: str) -> Outcome:
-        """A choice whose simulated peak keeps the budget, or :class:`InfeasibleBudget`."""
+        """A choice whose simulated peak keeps the budget, or :class:`InfeasibleBudget`.
+
+        It may be one of another task's, with segments: see :attr:`Outcome.task`.
+        """
         if solver not in SOLVERS:
             raise SolverError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+        task = self.with_segments() if solver in NESTED else self
         try:
-            if solver in BASELINES:
-                outcome = self._by(solver, self.problem)
-            else:
-                outcome = self._within_budget(solver)
+            outcome = task._solve(solver)
+            if solver == AUTO and self._may_need_segments(outcome):
+                task = self.with_segments()
+                outcome = _faster(outcome, task._solve(solver))
             if outcome is None:
-                outcome = self.simulate(minimise_peak(self._lean_problem(), self.limits))
+                outcome = task.simulate(minimise_peak(task.lean_problem(), self.limits))
         except (NoSolver, ProblemError) as error:
             raise SolverError(f"the solver {solver!r} cannot be used here: {error}") from error
         if outcome.timeline.peak_bytes > self.problem.budget_bytes:
             raise self._infeasible(solver, outcome.timeline.peak_bytes)
         return outcome
+
+    def _may_need_segments(self, outcome: Outcome | None) -> bool:
+        """Whether nothing fits, or only what recomputes about as much as checkpointing does."""
+        if outcome is None:
+            return True
+        full = SOLVERS["full"](self.problem).recompute_seconds
+        return 0 < _NEARLY * full <= outcome.solution.recompute_seconds
+
+    def _solve(self, solver: str) -> Outcome | None:
+        if solver in BASELINES:
+            return self._by(solver, self.problem)
+        return self._within_budget(solver)
 
     def _within_budget(self, solver: str) -> Outcome | None:
         """The fastest choice that the simulator lets pass; None when the rows allow none."""
@@ -99,18 +146,12 @@ class Task:
             aim -= excess
         return None
 
-    def _lean_problem(self) -> Problem:
+    def lean_problem(self) -> Problem:
         """The problem without the options that depend on what ops cost, which come last."""
+        if self.segments:
+            return self.problem
         counts = [sum(option.lean for option in options) for options in self.options]
-        regions = tuple(
-            replace(region, options=region.options[:count])
-            for region, count in zip(self.problem.regions, counts, strict=True)
-        )
-        shared = tuple(
-            replace(t, holders=tuple((r, o) for r, o in t.holders if o < counts[r]))
-            for t in self.problem.shared
-        )
-        return replace(self.problem, regions=regions, shared=shared)
+        return self.problem.first_options(counts)
 
     def _by(self, solver: str, problem: Problem) -> Outcome | None:
         solution = SOLVERS[solver](problem, self.limits)
@@ -120,8 +161,15 @@ class Task:
 
     def simulate(self, solution: Solution) -> Outcome:
         chosen = [o[c].effect for o, c in zip(self.options, solution.choices, strict=True)]
-        timeline = simulate(self.step, self.regions, chosen, self.target.device.allocation_bytes)
-        return Outcome(solution, timeline)
+        effects = with_reruns(chosen, self.segments_of(solution))
+        timeline = simulate(self.step, self.regions, effects, self.target.device.allocation_bytes)
+        return Outcome(solution, timeline, self)
+
+    def segments_of(self, solution: Solution) -> list[SegmentOption]:
+        """The segments of a choice."""
+        by_choice = {(own.first, own.choices): own for own in self.segments}
+        segments = chosen_segments(self.problem, solution.choices)
+        return [by_choice[segment.first, segment.choices] for segment in segments]
 
     @property
     def resident_bytes(self) -> int:
@@ -133,7 +181,7 @@ class Task:
         # Rounded up, so that it can be typed back as it stands.
         smallest = f"{-(-minimum_bytes // 2**20)} MiB ({minimum_bytes} bytes)"
         way_out = "Raise the budget, or make the batch smaller or shorter."
-        if solver not in BASELINES:
+        if solver in (AUTO, *NESTED) and solver not in BASELINES:
             what = f"no plan keeps this step within {format_bytes(budget)} ({budget} bytes); the "
             what += f"smallest budget that has a plan is {smallest}"
         else:
