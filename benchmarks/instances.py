@@ -1,4 +1,4 @@
-"""Problems to time solvers on: transformer blocks, alike or not, U-nets and random graphs.
+"""Problems to time solvers on: transformer blocks, alike or not, ResNet, U-nets, random graphs.
 
 A region is a chain of ops with seconds and bytes, and its options are the sets of results worth
 keeping. Sizes are those of Llama-3-8B's layers at 4,096 tokens in bfloat16, seconds a roofline's of
@@ -7,10 +7,10 @@ an A100. Depends on the solvers' records.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
-from memfit.solvers import Moment, Option, Problem, Region, SharedTensor, peak_bytes
+from memfit.solvers import Moment, Option, Problem, Region, Segment, SharedTensor, peak_bytes
 
 MIB = 2**20
 # Of one decoder layer, coarsely: seconds of the op, MiB of its result, whether autograd saves it.
@@ -24,9 +24,25 @@ LAYER = (
     ("gate_up", 5.6e-3, 224),
     ("act_mul", 0.6e-3, 112),
 )
+# Of a bottleneck block of ResNet-50's first stage, a batch of 64 images.
+BOTTLENECK = (
+    ("conv1", 0.15e-3, 49),
+    ("norm1", 0.07e-3, 49),
+    ("conv2", 0.35e-3, 49),
+    ("norm2", 0.07e-3, 49),
+    ("conv3", 0.25e-3, 196),
+    ("norm3", 0.26e-3, 196),
+    ("add_relu", 0.26e-3, 196),
+)
+RESNET = ((3, 1.0), (4, 0.5), (6, 0.25), (3, 0.125))
+"""Blocks of a stage, and their size beside those of the first."""
 INPUT_MIB, GRADIENT_MIB, RESIDENT_MIB, LOSS_MIB = 32, 416, 2000, 2000
+LONGEST_SEGMENT = 8
 STEP_FACTOR = 3
 """A step takes so many times the seconds of its forward."""
+
+
+Op = tuple[str, float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +52,15 @@ class Instance:
     name: str
     problem: Problem
     step_seconds: float
+    ops: tuple[Op, ...] = ()
+    """Of all layers of a chain."""
 
     def peaks(self) -> tuple[int, int]:
         """Peak with all kept, and the least that any single option reaches everywhere."""
-        regions = self.problem.regions
-        keep = peak_bytes(self.problem, [0] * len(regions))
-        last = [len(region.options) - 1 for region in regions]
-        return keep, peak_bytes(self.problem, last)
-
-
-Op = tuple[str, float, int]
+        problem = self.problem.flat()
+        keep = peak_bytes(problem, [0] * len(problem.regions))
+        last = [len(region.options) - 1 for region in problem.regions]
+        return keep, peak_bytes(problem, last)
 
 
 def options_of(ops: Sequence[Op], count: int) -> tuple[Option, ...]:
@@ -92,7 +107,8 @@ def transformer(layers: int, distinct: bool = False, options: int = 12, seed: in
     regions = [Region(f"layers.{r}", menus[f], kinds[f]) for r, f in enumerate(factors)]
     name = f"{layers} {'distinct' if distinct else 'identical'} layers"
     seconds = STEP_FACTOR * sum(s for _, s, _ in LAYER) * sum(factors)
-    return Instance(name, Problem(tuple(regions), _moments(regions), 0), seconds)
+    ops = tuple(op for factor in factors for op in _scaled(LAYER, factor))
+    return Instance(name, Problem(tuple(regions), _moments(regions), 0), seconds, ops)
 
 
 def unet(depth: int, options: int = 12) -> Instance:
@@ -119,6 +135,41 @@ def unet(depth: int, options: int = 12) -> Instance:
     seconds = STEP_FACTOR * sum(s for _, s, _ in LAYER) * sum(factors)
     problem = Problem(tuple(regions), moments, 0, tuple(shared))
     return Instance(f"U-net of depth {depth}", problem, seconds)
+
+
+def resnet(options: int = 12) -> Instance:
+    """ResNet-50: stages of bottleneck blocks, each with half of the bytes of the one before."""
+    factors = [factor for blocks, factor in RESNET for _ in range(blocks)]
+    menus = {f: options_of(_scaled(BOTTLENECK, f), options) for f in factors}
+    kinds = {factor: kind for kind, factor in enumerate(menus)}
+    regions = [Region(f"blocks.{r}", menus[f], kinds[f]) for r, f in enumerate(factors)]
+    seconds = STEP_FACTOR * sum(s for _, s, _ in BOTTLENECK) * sum(factors)
+    ops = tuple(op for factor in factors for op in _scaled(BOTTLENECK, factor))
+    return Instance("ResNet-50", Problem(tuple(regions), _moments(regions), 0), seconds, ops)
+
+
+def nested(layers: int, options: int = 12) -> Instance:
+    """Identical layers that may be chained, without parameters: their inputs take much."""
+    plain = transformer(layers, options=options).problem.regions
+    chained = tuple(
+        replace(o, stored_bytes=o.stored_bytes - INPUT_MIB * MIB, chained=True)
+        for o in plain[0].options[-1:]
+    )
+    regions = tuple(replace(r, options=(*r.options, *chained)) for r in plain)
+    moments = tuple(replace(m, base_bytes=0) for m in _moments(regions) if m.region is not None)
+    at = {m.region: i for i, m in enumerate(moments) if m.phase == "backward"}
+    head = len(regions[0].options) - 2
+    segments = []
+    for first in range(layers):
+        for stop in range(first + 2, min(first + LONGEST_SEGMENT, layers) + 1):
+            # Of the inputs that were made again, those of the regions before are still held.
+            held = tuple((at[r], INPUT_MIB * MIB * (r - first - 1)) for r in range(first + 1, stop))
+            again = sum(seconds for _, seconds, _ in LAYER) * (stop - first - 1)
+            choices = (head, *[head + 1] * (stop - first - 1))
+            segments.append(Segment(first, choices, again, held))
+    problem = Problem(regions, moments, 0, segments=tuple(segments))
+    seconds = STEP_FACTOR * sum(s for _, s, _ in LAYER) * layers
+    return Instance(f"{layers} chained layers", problem, seconds)
 
 
 def random_graph(regions: int, options: int = 12, seed: int = 0) -> Instance:
