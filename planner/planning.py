@@ -71,8 +71,8 @@ def plan(
     device
         ``"cpu"``, ``"cuda"`` or a name of the device table. Default: where the model is.
     solver
-        ``"auto"``; a method by name: ``"count_ilp"``, ``"flat_ilp"``, ``"greedy"``; or a baseline:
-        ``"none"``, ``"full"``, ``"every_2"``, ...
+        ``"auto"``; a method by name: ``"count_ilp"``, ``"flat_ilp"``, ``"nested_dp"``,
+        ``"greedy"``; or a baseline: ``"none"``, ``"full"``, ``"every_2"``, ``"sqrt_n"``, ...
     costs
         Where the seconds come from: ``"measured"``: every distinct op is run a few times, alone, on
         the device, which must be present; ``"roofline"`` over the device table; or ``"auto"``:
