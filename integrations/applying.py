@@ -9,6 +9,7 @@ recognised by its attributes, never imported.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -77,10 +78,12 @@ def _turns(regions: Sequence[RegionPlan]) -> list[_Turn]:
             f"the plan gives {regions[0].name} its input again, but there is no region before it; "
             "make the plan again"
         )
-    following = [*(bool(region.recompute_input) for region in regions[1:]), False][: len(regions)]
-    turns = list(map(_Turn, regions, following))
-    for turn, after in zip(turns, following, strict=True):
-        if after and turn.region.action != "selective":
+    turns = [
+        _Turn(region, bool(after and after.recompute_input))
+        for region, after in zip_longest(regions, regions[1:])
+    ]
+    for turn in turns:
+        if turn.followed and turn.region.action != "selective":
             raise ApplyError(
                 f"the plan has {turn.region.name} make the input of the region after it again, but "
                 f"runs it as {turn.region.action!r}; make the plan again"

@@ -5,15 +5,13 @@ effects of the actions.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from memfit.planner import recompute
 from memfit.planner.kept_sets import KeptSet, kept_sets, lean_sets
 from memfit.planner.leads import Lead, leads_to
 from memfit.planner.options import RegionOption
-from memfit.planner.program import Program
 from memfit.planner.regions import Region
-from memfit.planner.selective import RegionProgram, region_program, selective
+from memfit.planner.selective import RegionProgram, region_programs, selective
 from memfit.planner.step_graph import StepGraph
 
 # Selective options of a region: fewer where there are many regions, since these mix.
@@ -33,25 +31,22 @@ def find_options(
     smallest budget is made (``lean``) come before others.
     """
     limit = max(_FEWEST, min(_MOST, _IN_ALL // max(1, len(regions))))
-    nodes = step.nodes()
-    known: dict[object, tuple[Program, dict[KeptSet, bool]]] = {}
+    programs: list[RegionProgram | None] = [None] * len(regions)
+    if offer_selective:
+        programs = region_programs(step, regions)
+    known: dict[object, dict[KeptSet, bool]] = {}
     found = []
-    for r, region in enumerate(regions):
+    for r, (region, compiled) in enumerate(zip(regions, programs, strict=True)):
         options = [RegionOption("keep", recompute.keep(step, region), 0.0)]
         if not region.kept_because:
             effect = recompute.checkpoint(step, region, rng_state_bytes)
             options.append(RegionOption("checkpoint", effect, effect.seconds(step)))
-            compiled = region_program(step, region, nodes) if offer_selective else None
-            if compiled is not None:
-                key = compiled.program.key
-                if key not in known:
-                    sets = _sets(step, region, compiled, rng_state_bytes, limit)
-                    known[key] = compiled.program, sets
-                program, sets = known[key]
-                compiled = replace(compiled, program=program)
-                lead = leads_to(step, regions, r)
-                for kept, lean in sets.items():
-                    options += _selective(step, region, compiled, kept, rng_state_bytes, lean, lead)
+        if compiled is not None:
+            if compiled.program not in known:
+                known[compiled.program] = _sets(step, region, compiled, rng_state_bytes, limit)
+            lead = leads_to(step, regions, r)
+            for kept, lean in known[compiled.program].items():
+                options += _selective(step, region, compiled, kept, rng_state_bytes, lean, lead)
         found.append(tuple(options))
     return tuple(found)
 

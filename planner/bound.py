@@ -8,7 +8,6 @@ results of one op come together. Depends on the step's records and on the solver
 """
 
 from collections import defaultdict
-from dataclasses import replace
 
 from memfit.planner.document import Bounds
 from memfit.planner.simulate import round_up
@@ -43,7 +42,7 @@ def _proved(outcome: Outcome) -> Solution:
     """A solution of the plan's problem with the highest bound that is known."""
     if outcome.solution.bound_seconds or not outcome.solution.recompute_seconds:
         return outcome.solution
-    return SOLVERS[AUTO](outcome.task.problem, replace(outcome.task.limits, gap=0.0))
+    return SOLVERS[AUTO](outcome.task.problem, outcome.task.limits)
 
 
 def general_graph(step: StepGraph, allocation_bytes: int = 1) -> Graph:

@@ -103,7 +103,7 @@ def build_problem(
         )
         kind = kinds.setdefault((region.kind, described), len(kinds))
         out.append(solver.Region(region.name, described, kind))
-    offered = (builder.segment(segment, windows) for segment in segments)
+    offered = builder.segments(segments, windows, out)
     # What is held while others work is more than the solvers know of.
     within = (s for s in offered if all(s.first <= moments[i].place < s.stop for i, _ in s.held))
     return solver.Problem(tuple(out), moments, budget_bytes, shared, tuple(within))
@@ -218,9 +218,34 @@ class _Builder:
             bool(option.recompute_input) and not option.lead,
         )
 
-    def segment(self, segment: SegmentOption, windows: Sequence[_Window]) -> solver.Segment:
-        """What a segment holds beside its options: the inputs that were made again and wait."""
-        last, at, starts = segment.last, segment.rerun.at, [w.start for w in windows]
+    def segments(
+        self,
+        segments: Sequence[SegmentOption],
+        windows: Sequence[_Window],
+        regions: Sequence[solver.Region],
+    ) -> Iterator[solver.Segment]:
+        """The segments as numbers, beside those of ``regions``."""
+        starts = [window.start for window in windows]
+        for segment in segments:
+            last = regions[segment.last].options[segment.choices[-1]]
+            held = self._held(segment, windows, starts, last.backward_bytes)
+            seconds = sum(segment.seconds)
+            yield solver.Segment(
+                segment.first, segment.choices, seconds, tuple(sorted(held.items()))
+            )
+
+    def _held(
+        self,
+        segment: SegmentOption,
+        windows: Sequence[_Window],
+        starts: Sequence[int],
+        alone: int,
+    ) -> Counter[int]:
+        """Bytes beside what the options hold, by window: the inputs that were made again and wait.
+
+        ``alone`` are those of the last region's own backward.
+        """
+        last, at = segment.last, segment.rerun.at
         held: Counter[int] = Counter()
         for r, o in enumerate(segment.choices[1:], segment.first + 1):
             for size, until in self._given(r, o):
@@ -231,10 +256,8 @@ class _Builder:
         index = bisect_right(starts, at) - 1
         window, own = windows[index], self._spans(last, segment.choices[-1])
         most = self._most(own, replace(window, stop=window.start + 1), (segment.rerun,))
-        alone = self.option(last, segment.choices[-1], window, window).backward_bytes
         held[index] = max(held[index], most - alone)
-        seconds = sum(segment.seconds)
-        return solver.Segment(segment.first, segment.choices, seconds, tuple(sorted(held.items())))
+        return held
 
     def _spans(self, r: int, o: int) -> list[_Span]:
         """What an option decides about alone, and what it allocates for itself."""

@@ -14,7 +14,7 @@ from itertools import pairwise, product
 from memfit.planner.options import RegionOption, SegmentOption
 from memfit.planner.recompute import Chain, Copy, Effect, Recomputation
 from memfit.planner.regions import Region
-from memfit.planner.selective import Links, RegionProgram, region_program, selective
+from memfit.planner.selective import Links, RegionProgram, region_programs, selective
 from memfit.planner.step_graph import Kind, Phase, StepGraph
 
 # Sets of kept tensors that are offered, those that store least.
@@ -110,19 +110,9 @@ class _Finder:
     # -- what passes -----------------------------------------------------------------------------
 
     def _find_programs(self) -> list[RegionProgram | None]:
-        nodes = self._step.nodes()
-        known: dict[object, RegionProgram] = {}
-        programs: list[RegionProgram | None] = []
-        for region, own in zip(self._regions, self._options, strict=True):
-            found = None
-            if any(option.action == "selective" for option in own):
-                found = region_program(self._step, region, nodes)
-            if found is not None:
-                # What is worked out for a program serves all regions that run it.
-                first = known.setdefault(found.program.key, found)
-                found = replace(found, program=first.program)
-            programs.append(found)
-        return programs
+        programs = region_programs(self._step, self._regions)
+        offered = (any(o.action == "selective" for o in own) for own in self._options)
+        return [own if is_ else None for own, is_ in zip(programs, offered, strict=True)]
 
     def _find_passed(self, r: int) -> frozenset[int]:
         if self._programs[r - 1] is None or self._programs[r] is None:
@@ -133,12 +123,12 @@ class _Finder:
     def _passed_on(self, r: int, kept: frozenset[int]) -> frozenset[int]:
         """What region ``r`` can make again for the next when it keeps ``kept``."""
         compiled = self._programs[r]
-        passed = self._passed[r + 1] if r + 1 < len(self._passed) else frozenset()
+        outputs = self._passed[r + 1] if r + 1 < len(self._passed) else frozenset()
         assert compiled is not None
         can = all(
-            s not in kept and compiled.program.can_remake(s, kept) for s in compiled.local(passed)
+            s not in kept and compiled.program.can_remake(s, kept) for s in compiled.local(outputs)
         )
-        return passed if can else frozenset()
+        return outputs if can else frozenset()
 
     # -- options ---------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ else they made for autograd to ask for. Which instructions, and from what, is de
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import fx
@@ -84,6 +84,22 @@ def region_program(
     arguments = step.calls[region.call].inputs
     inputs = {n for s, n in numbers.items() if s in arguments or step.storages[s].kind in _READABLE}
     return RegionProgram(Program(instructions, packs, inputs), tuple(numbers))
+
+
+def region_programs(step: StepGraph, regions: Sequence[Region]) -> list[RegionProgram | None]:
+    """The programs of the regions that may recompute.
+
+    Equal ones are one object: what is worked out for it serves all regions that run it.
+    """
+    nodes = step.nodes()
+    known: dict[object, Program] = {}
+    programs: list[RegionProgram | None] = []
+    for region in regions:
+        found = None if region.kept_because else region_program(step, region, nodes)
+        if found is not None:
+            found = replace(found, program=known.setdefault(found.program.key, found.program))
+        programs.append(found)
+    return programs
 
 
 def selective(

@@ -66,7 +66,8 @@ SOLVERS: dict[str, Solver] = {
 BASELINES = (*_FLAT_BASELINES, "sqrt_n")
 """Those that make one choice whatever the budget."""
 NESTED = tuple(_NESTED)
-"""Those that choose segments wherever they help; ``auto`` does where nothing else fits."""
+"""Those that choose segments wherever they help; ``auto`` does so too, where there are any."""
+
 __all__ = [
     "AUTO",
     "BASELINES",
