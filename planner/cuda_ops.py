@@ -1,26 +1,34 @@
 """Makes a step that runs on fake CPU tensors take the ops that a CUDA device takes.
 
 Fake ``cuda`` tensors need a CUDA build for their backward, so captures run on fake ``cpu`` tensors;
-there two functions take other ops, and autograd saves other tensors, than on a GPU:
+there functions take other ops, and autograd saves other tensors, than on a GPU:
 
 - dropout: CUDA saves a mask of booleans (``native_dropout``), the CPU one in the input's dtype.
 - ``scaled_dot_product_attention``: cuDNN, flash, memory-efficient or plain math, chosen as PyTorch
   chooses: ``select_sdp_backend`` in ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``, the
   checks of ``sdp_utils_cpp.h`` beside it (that header is in the wheel too), and what surrounds the
   kernels, padding and masks, in ``aten/src/ATen/native/transformers/attention.cpp``.
+- mean and rstd of LayerNorm and BatchNorm: CUDA saves them in float32, the CPU in the dtype of the
+  input. (Those of GroupNorm are alike on both: ``aten/src/ATen/native/group_norm.cpp``.)
+- ``F.rms_norm``: one op on CUDA, ``_fused_rms_norm``, which saves its input, the weight and a rstd
+  in float32; where input and weight are of different dtypes, its parts, as on the CPU.
+- softmax and log_softmax of float16 in float32: CUDA makes no float32 copy of the input.
+- autocast: its lists of ops, see ``cuda_autocast.py``.
 
-Not emulated: mean and rstd of LayerNorm and GroupNorm in float32 (the CPU keeps them in bfloat16);
-the fused kernel of ``F.rms_norm`` (models with a norm of their own are not concerned); autocast's
-list of float32 ops; workspaces inside of kernels (float32 dq of flash and cuDNN backward); storage
-offsets that are not aligned; what runs inside of ``F.multi_head_attention_forward``; nested
-tensors; kernels that were switched off (``sdpa_kernel``); ROCm. The random seeds of
-memory-efficient attention and cuDNN are on the CPU with CUDA, and count 16 bytes here.
+Not emulated: workspaces inside of the memory-efficient and cuDNN backward, whose sizes the kernels
+and the library choose (``workspace.py`` has that of flash); storage offsets that are not aligned;
+what runs inside of ``F.multi_head_attention_forward``; cuDNN's recurrent layers, and what cuDNN's
+batch norm reserves; nested tensors; kernels that were switched off (``sdpa_kernel``); ROCm. The
+random seeds of memory-efficient attention and cuDNN are on the CPU with CUDA, and count 16 bytes
+here.
 
 A mask that needs a gradient (T5's position bias) does not lead to math: memory-efficient attention
-has a gradient for it, only cuDNN refuses it. Depends on torch only.
+has a gradient for it, only cuDNN refuses it. Depends on the shims and on autocast.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -30,10 +38,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 
+from memfit.planner._compat import TorchDispatchMode, other_kernels
+from memfit.planner.cuda_autocast import autocast_left, cuda_autocast, in_lower_precision
+
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+# Their mean and rstd are in float32 on CUDA, in the dtype of their input on the CPU.
+_SAVES_FLOAT32 = (_aten.native_layer_norm.default, _aten.native_batch_norm.default)
 _AMPERE = (8, 0)
 _NEWEST = (12, 1)
 _FLASH_HEAD = 256
@@ -47,8 +60,8 @@ _EFFICIENT_GROUPS = TorchVersion(torch.__version__) >= TorchVersion("2.14")
 
 def cuda_modes(
     capability: tuple[int, int] = _AMPERE, *, cudnn: bool | None = None
-) -> tuple[TorchFunctionMode, ...]:
-    """The function modes to enter around a step on fake CPU tensors.
+) -> tuple[AbstractContextManager[Any], ...]:
+    """The contexts to enter around a step on fake CPU tensors, before what records it.
 
     ``capability`` is the compute capability: (7, 5) for a T4, (9, 0) for an H100. ``cudnn`` says
     whether cuDNN's attention comes first; left out, it does where PyTorch has it so: on (9, 0),
@@ -56,7 +69,8 @@ def cuda_modes(
     """
     if cudnn is None:
         cudnn = capability in {(9, 0), (10, 0), (10, 3)}
-    return (_CudaFunctions(capability, cudnn),)
+    results = _CudaResults()  # type: ignore[no-untyped-call]
+    return _CudaFunctions(capability, cudnn), results, _cuda_kernels(), cuda_autocast()
 
 
 class _CudaFunctions(TorchFunctionMode):
@@ -76,7 +90,7 @@ class _CudaFunctions(TorchFunctionMode):
         if func is torch.dropout:
             return _dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
+            return in_lower_precision(self._attention, args, kwargs)
         return func(*args, **kwargs)
 
     def _attention(
@@ -94,6 +108,42 @@ class _CudaFunctions(TorchFunctionMode):
         call = AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         kernel = choose_kernel(call, self._capability, cudnn=self._cudnn)
         return _KERNELS[kernel](call)
+
+
+class _CudaResults(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives the results of ops the dtypes that they have on CUDA."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Kernels stand below autocast; fake tensors run some in Python, which do not.
+        with autocast_left():
+            out = func(*args, **(kwargs or {}))
+            if func in _SAVES_FLOAT32:
+                return out[0], *(t.float() if t.dtype in _HALF else t for t in out[1:])
+            return out
+
+
+@contextmanager
+def _cuda_kernels() -> Iterator[None]:
+    """Ops that the CPU takes apart where CUDA does not."""
+    # With a kernel for it, autograd takes the op's own formula, and fake tensors its shapes.
+    norm = {"_fused_rms_norm": _aten._fused_rms_norm.default.decompose}
+    softmax = {
+        "softmax.int": _half_to_float(_aten.softmax.int, _aten._softmax.default),
+        "log_softmax.int": _half_to_float(_aten.log_softmax.int, _aten._log_softmax.default),
+    }
+    with other_kernels("CPU", norm), other_kernels("AutogradCPU", softmax):
+        yield
+
+
+def _half_to_float(op: Any, kernel: Any) -> Callable[..., Tensor]:
+    def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        if input.dtype is torch.float16 and dtype is torch.float32:
+            return cast(Tensor, kernel(input, dim, True))
+        return cast(Tensor, op.decompose(input, dim, dtype))
+
+    return softmax
 
 
 def _functional_dropout(

@@ -136,6 +136,7 @@ def _cuda(
         flops=MappingProxyType(flops),
         bandwidth_bytes_per_second=bandwidth,
         source=f"{source}, checked 2026-11",
+        compute_capability=capability,
         workspace_bytes=workspace_bytes,
     )
 

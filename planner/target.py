@@ -13,7 +13,7 @@ from memfit.planner import devices
 from memfit.planner.budget import BudgetError
 from memfit.planner.devices import Device
 from memfit.planner.step_graph import StepGraph
-from memfit.planner.workspace import with_cpu_workspace
+from memfit.planner.workspace import with_cpu_workspace, with_cuda_workspace
 
 # What the current GPU has free is not all for the step: fragments and other users of the driver.
 AUTO_MARGIN = 0.05
@@ -42,12 +42,12 @@ class Target:
     def with_workspace(self, step: StepGraph) -> StepGraph:
         """``step`` with what libraries allocate beside tensors.
 
-        On a CPU that is inside of ops. On a GPU it is what BLAS keeps; the backward runs in a
-        thread of autograd with a handle of its own.
+        That is inside of ops. On a GPU it is also what BLAS keeps; the backward runs in a thread of
+        autograd with a handle of its own.
         """
         if self.device.kind == "cpu":
             return with_cpu_workspace(step)
-        return step.beside_workspace(2 * self.device.workspace_bytes)
+        return with_cuda_workspace(step).beside_workspace(2 * self.device.workspace_bytes)
 
     @property
     def is_present(self) -> bool:
@@ -71,7 +71,10 @@ class Target:
         return torch.device(self.device.kind)
 
     def autocast_dtype(self, name: str | torch.dtype | None) -> torch.dtype | None:
-        """Reads the ``autocast`` argument of ``plan``: by default what is switched on here."""
+        """Reads the ``autocast`` argument of ``plan``: by default what is switched on here.
+
+        An emulated step casts as the device does: its modes have CUDA's lists of ops.
+        """
         kind = self.device.kind
         if name is None and torch.is_autocast_enabled(kind):
             name = torch.get_autocast_dtype(kind)
@@ -80,16 +83,10 @@ class Target:
         dtype = getattr(torch, name, None) if isinstance(name, str) else name
         if dtype not in _AUTOCAST_DTYPES:
             raise ValueError(f"autocast is {name!r}; known are 'bfloat16' and 'float16'")
-        if self.emulated:
-            raise devices.DeviceError(
-                f"autocast casts other ops on {self.device.name!r} than on the CPU that stands in "
-                "for it, so it can be planned with the model on the device only; for a device that "
-                "is not here, plan a model of that dtype (dtype=torch.bfloat16)"
-            )
         return dtype
 
     def modes(self) -> tuple[Any, ...]:
-        """Function modes under which the step is captured."""
+        """Contexts under which the step is captured."""
         if not self.emulated:
             return ()
         from memfit.planner.cuda_ops import cuda_modes

@@ -1,7 +1,8 @@
 """The ops that a step takes for CUDA, and what autograd then saves of them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.integrations.models import build_model
 from memfit.planner import cuda_ops
+from memfit.planner._compat import TorchDispatchMode
 from memfit.planner.batches import Batch, make_batch
 from memfit.planner.capture import capture
 from memfit.planner.cuda_ops import AttentionCall, Kernel, choose_kernel, cuda_modes
@@ -293,6 +295,84 @@ def test_wrong_chances_stay_errors() -> None:
         F.dropout(torch.ones(2), 1.5)
 
 
+# -- norms and softmax ---------------------------------------------------------------------------
+
+
+def saved_of(function: Callable[[Tensor], Tensor], tensor: Tensor) -> list[Any]:
+    """What autograd saves under all that a capture for CUDA enters; runs the backward too."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with ExitStack() as stack:
+        for mode in cuda_modes():
+            stack.enter_context(mode)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        function(tensor).sum().backward()  # type: ignore[no-untyped-call]
+    assert tensor.grad is not None and tensor.grad.dtype is tensor.dtype
+    return [(t.dtype, tuple(t.shape)) for t in saved]
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_layer_norm_saves_float32_statistics(dtype: torch.dtype) -> None:
+    x = torch.empty(2, 4, 8, dtype=dtype, requires_grad=True)
+    norm = nn.LayerNorm(8, dtype=dtype)
+    assert sorted(saved_of(norm, x), key=str) == sorted(
+        [(dtype, (2, 4, 8)), *[(FP32, (2, 4, 1))] * 2, *[(dtype, (8,))] * 2], key=str
+    )
+    assert norm.weight.grad is not None and norm.weight.grad.dtype is dtype
+
+
+@pytest.mark.usefixtures("fake")
+def test_other_norms_save_what_their_kernels_return() -> None:
+    x = torch.empty(2, 4, 8, dtype=BF16, requires_grad=True)
+    groups = saved_of(nn.GroupNorm(2, 4, dtype=BF16), x)
+    assert groups.count((BF16, (2, 2))) == 2
+    batch = saved_of(nn.BatchNorm1d(4, dtype=BF16), x)
+    assert batch.count((FP32, (4,))) == 2
+
+
+@pytest.mark.usefixtures("fake")
+def test_rms_norm_is_one_op() -> None:
+    x = torch.empty(2, 4, 8, dtype=BF16, requires_grad=True)
+    saved = saved_of(nn.RMSNorm(8, dtype=BF16), x)
+    assert sorted(saved, key=str) == [(BF16, (2, 4, 8)), (BF16, (8,)), (FP32, (2, 4, 1))]
+    channels_last = torch.empty(2, 4, 8, 8, dtype=BF16).to(memory_format=torch.channels_last)
+    parts = saved_of(nn.RMSNorm(8, dtype=BF16), channels_last.requires_grad_())
+    assert len(parts) > 3, "which the fused kernel does not take"
+    assert F.rms_norm(x, (8,)).grad_fn.name() != "FusedRmsNormBackward0"  # type: ignore[union-attr]
+
+
+def test_rms_norm_of_real_tensors_works_meanwhile() -> None:
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    expected = F.rms_norm(x, (8,))
+    with cuda_modes()[2]:
+        assert torch.equal(F.rms_norm(x, (8,)), expected)
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("function", [F.softmax, F.log_softmax])
+def test_softmax_of_float16_in_float32_copies_nothing(function: Any) -> None:
+    class Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            ops.append(func.overloadpacket)
+            return func(*args, **kwargs or {})
+
+    def call(x: Tensor) -> Tensor:
+        with Ops():  # type: ignore[no-untyped-call]
+            out: Tensor = function(x, -1, dtype=FP32)
+        return out
+
+    ops: list[Any] = []
+    assert saved_of(call, torch.empty(2, 8, dtype=FP16, requires_grad=True)) == [(FP32, (2, 8))]
+    assert torch.ops.aten._to_copy not in ops
+    assert saved_of(call, torch.empty(2, 8, dtype=BF16, requires_grad=True)) == [(FP32, (2, 8))]
+    assert torch.ops.aten._to_copy in ops
+
+
 # -- models --------------------------------------------------------------------------------------
 
 TEXT = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -329,7 +409,7 @@ def test_models_on_meta_are_captured_with_cuda_s_kernels(
     model = build_model(str(tmp_path), dtype=dtype)
     length = None if name == "vit" else 32
     arguments, _ = make_batch(model, Batch(2, length))
-    graph = capture(model, arguments, modes=cuda_modes())
+    graph = capture(model, arguments, modes=cuda_modes)
     names = " ".join(op.name for op in graph.ops)
     taken = {kernel for kernel, op in OUTPUTS.items() if f"aten.{op}.default" in names}
     assert taken == EXPECTED[name][dtype]

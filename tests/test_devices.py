@@ -98,6 +98,11 @@ def test_a_similar_name_is_not_mistaken(reported: str) -> None:
         device_reported_as(reported, 2**35)
 
 
+def test_a_gpu_of_the_table_has_its_own_compute_capability() -> None:
+    found = {name: device(name).compute_capability for name in ("t4", "a100-80gb", "l4", "h100")}
+    assert found == {"t4": (7, 5), "a100-80gb": (8, 0), "l4": (8, 9), "h100": (9, 0)}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_names_the_way_out() -> None:
     with pytest.raises(DeviceError, match=r"sees no GPU here.*'h100'"):
