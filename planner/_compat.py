@@ -5,8 +5,10 @@ only looked at when something else has imported it.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, cast
 from unittest import mock
 
@@ -24,17 +26,23 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
+    "FakeOps",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "autocast_off",
+    "collects_outputs",
+    "cuda_autocast_on_cpu",
     "fake_tensors_look_real",
     "flops_of",
     "forward_autocast",
     "function_caches_apart",
     "is_own_output",
     "is_wrapped",
+    "modules_stay_where_they_are",
     "new_fake",
+    "ops_with_autocast",
+    "other_kernels",
     "real_execution",
     "run_fake",
     "storage_key",
@@ -107,6 +115,35 @@ def fake_tensors_look_real() -> Iterator[None]:
         yield
         return
     with mock.patch.object(imported, "is_fake_tensor", lambda _: False):
+        yield
+
+
+def collects_outputs() -> bool:
+    """Whether a model of transformers is being asked for its layers' outputs.
+
+    Its hooks on the layers stay once they are there, and ask the same variable whether to work.
+    Goes when ``transformers.utils.output_capturing`` has a public question for it.
+    """
+    imported = sys.modules.get("transformers.utils.output_capturing")
+    return imported is not None and bool(imported._active_collector.get())
+
+
+@contextmanager
+def modules_stay_where_they_are() -> Iterator[None]:
+    """Lets ``module.to()`` do nothing where nothing moves.
+
+    ``nn.Module._apply`` swaps parameters that are fake tensors even with themselves, and fails on
+    those that something refers to weakly. Goes when it leaves equal ones alone.
+    """
+    apply: Callable[..., nn.Module] = nn.Module._apply
+
+    def unless_same(module: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+        tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+        if all(fn(tensor) is tensor for tensor in tensors):
+            return module
+        return apply(module, fn, recurse)
+
+    with mock.patch.object(nn.Module, "_apply", unless_same):
         yield
 
 
@@ -188,26 +225,149 @@ def forward_autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[No
             torch.clear_autocast_cache()
 
 
+@cache
+def ops_with_autocast(device: str) -> frozenset[str]:
+    """Names such as ``softmax.int`` of the aten ops that the autocast of a device does not pass on.
+
+    ``device`` is ``"CPU"`` or ``"CUDA"``, which builds without CUDA know too. Goes when the lists
+    of ``torch/include/ATen/autocast_mode.h`` can be read from Python.
+    """
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(n.removeprefix("aten::") for n in names if has_kernel(n, f"Autocast{device}"))
+
+
+@contextmanager
+def other_kernels(key: str, kernels: Mapping[str, Callable[..., Any] | None]) -> Iterator[None]:
+    """Kernels for aten ops at the dispatch key ``key``, for a while; None passes an op on.
+
+    Goes when a library can be closed (``Library._destroy``, which brings back the kernels that were
+    there before, is private), or fake CUDA tensors work without CUDA.
+    """
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            # Once in a process torch says that kernels are overridden.
+            warnings.simplefilter("ignore")
+            for name, kernel in kernels.items():
+                library.impl(name, kernel or torch.library.fallthrough_kernel, key)
+        yield
+    finally:
+        library._destroy()
+
+
+@contextmanager
+def cuda_autocast_on_cpu(forget: Callable[[], None]) -> Iterator[None]:
+    """``torch.autocast("cuda")``, and what asks for its state, is the CPU's for a while.
+
+    A model that runs on CPU tensors in place of CUDA's may name the device that it is meant for.
+    ``forget`` is called when autocast forgets the casts that it keeps. Goes when fake CUDA tensors
+    work without CUDA.
+    """
+    make, forget_casts = torch.autocast.__init__, torch.clear_autocast_cache
+    is_enabled, get_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def meant(device: str) -> str:
+        return "cpu" if device == "cuda" else device
+
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, meant(device_type), *args, **kwargs)
+
+    def forget_all() -> None:
+        forget_casts()
+        forget()
+
+    with ExitStack() as stack:
+        for owner, name, function in (
+            (torch.autocast, "__init__", init),
+            (torch, "clear_autocast_cache", forget_all),
+            # Without a device the question is for CUDA.
+            (torch, "is_autocast_enabled", lambda device="cuda": is_enabled(meant(device))),
+            (torch, "get_autocast_dtype", lambda device: get_dtype(meant(device))),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        yield
+
+
 def run_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` on fake tensors.
 
     The meta kernel of ``_grouped_mm`` refuses all but bfloat16, which eager CPU does not; goes when
-    it takes what the kernels take.
+    it takes what the kernels take. FakeTensorMode needs 0.3 ms for each tensor of a ``_foreach``
+    op, seconds for an optimizer step, though those in place return nothing and the others tensors
+    like the given ones; goes when it is as fast. The meta kernels of some norms take strides from
+    the wrong tensor; goes when they follow the kernels.
     """
+    packet = func.overloadpacket
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
         halves = (args[0].bfloat16(), args[1].bfloat16(), *args[2:])
         return func(*halves, **kwargs).to(args[0].dtype)
-    return func(*args, **kwargs)
+    if packet.__name__.startswith("_foreach_") and all(t.dim() for t in args[0]):  # no step counts
+        if func._schema.is_mutable and not func._schema.returns:
+            return None
+        if packet in _FOREACH_LIKE_GIVEN and all(t.is_floating_point() for t in args[0]):
+            return [torch.empty_like(t) for t in args[0]]
+    out = func(*args, **kwargs)
+    if packet in _NORMS and isinstance(out[0], torch.Tensor):
+        return (_laid_out_as_by_kernels(packet, out[0], args[_NORMS[packet]]), *out[1:])
+    return out
 
 
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+def _laid_out_as_by_kernels(packet: Any, made: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """The result of a norm, or the gradient for its ``source``, with the kernels' strides.
+
+    These are contiguous for layer norm, else in the format of ``source``.
+    """
+    form = torch.contiguous_format
+    if packet is not torch.ops.aten.native_layer_norm_backward and source.dim() == 4:
+        if source.is_contiguous(memory_format=torch.channels_last) and not source.is_contiguous():
+            form = torch.channels_last
+    laid_out = torch.empty_like(made, memory_format=form)
+    return made if made.stride() == laid_out.stride() else laid_out
+
+
+# Norms whose meta kernels take the wrong strides, and the argument that has the right ones.
+_NORMS = {
+    torch.ops.aten.native_batch_norm: 0,
+    torch.ops.aten.native_layer_norm_backward: 1,
+    torch.ops.aten.native_group_norm_backward: 1,
+    torch.ops.aten.native_batch_norm_backward: 1,
+}
+_FOREACH_LIKE_GIVEN = {
+    getattr(torch.ops.aten, f"_foreach_{name}")
+    for name in ("sqrt", "rsqrt", "neg", "abs", "sign", "reciprocal", "exp", "clone")
+}
+
+
+class FakeOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs everything by :func:`run_fake`; enter it inside the fake tensor mode."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return run_fake(func, args, kwargs or {})
+
+
+_aten = torch.ops.aten
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+    _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_efficient_attention,
+    _aten._scaled_dot_product_cudnn_attention,
+}
+_ATTENTION_BACKWARD = {
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    _aten._scaled_dot_product_flash_attention_backward,
+    _aten._scaled_dot_product_efficient_attention_backward,
+    _aten._scaled_dot_product_cudnn_attention_backward,
+}
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating point operations of one aten op by torch's own formulas; 0 for those without one.
 
-    Adds CPU flash attention and grouped products, which ``torch.utils.flop_counter`` lacks in 2.13.
+    Adds CPU flash attention and grouped products, which ``torch.utils.flop_counter`` lacks in 2.13,
+    and attention with fewer heads of keys than of queries, which it refuses in 2.11.
     """
     packet = func.overloadpacket
     if packet is torch.ops.aten._grouped_mm:
@@ -215,17 +375,16 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
         rows, columns = args[0].shape, args[1].shape
         grouped_inside = len(rows) == len(columns) == 3
         return int(2 * (rows[0] if grouped_inside else 1) * rows[-2] * rows[-1] * columns[-1])
-    if packet is _CPU_ATTENTION:
-        return int(
-            sdpa_flop_count(  # type: ignore[no-untyped-call]
-                *(a.shape for a in args[:3])
-            )
-        )
-    if packet is _CPU_ATTENTION_BACKWARD:
-        return int(
-            sdpa_backward_flop_count(  # type: ignore[no-untyped-call]
-                *(a.shape for a in args[:4])
-            )
-        )
+    if packet in _ATTENTION:
+        return int(sdpa_flop_count(*_of_equal_heads(*args[:3])))  # type: ignore[no-untyped-call]
+    if packet in _ATTENTION_BACKWARD:
+        shapes = args[0].shape, *_of_equal_heads(*args[1:4])
+        return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def _of_equal_heads(query: torch.Tensor, *others: torch.Tensor) -> list[torch.Size]:
+    """The shapes as the kernel works: a head of the keys for every head of the queries."""
+    heads = query.shape[1]
+    return [query.shape, *(torch.Size((t.shape[0], heads, *t.shape[2:])) for t in others)]

@@ -8,7 +8,8 @@ eager autograd saves; tracers and joint graphs report others. Depends on the rec
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,15 +23,22 @@ from memfit.planner._compat import (
     fake_tensors_look_real,
     forward_autocast,
     function_caches_apart,
+    modules_stay_where_they_are,
     new_fake,
 )
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import checkpointed_module, is_planned
 from memfit.planner.errors import CaptureError, first_line
+from memfit.planner.expansion import expand
+from memfit.planner.losses import loss_of
 from memfit.planner.optimizers import OptimizerFactory
 from memfit.planner.recorder import Recorder
-from memfit.planner.shadows import UnknownValue, tensors_in
+from memfit.planner.repeats import NotRepeatable, Repeats
+from memfit.planner.shadows import ReadsOfValues, UnknownValue, tensors_in
 from memfit.planner.step_graph import Kind, Phase, StepGraph
+
+# A step that was captured on assumptions is another one in reality: tokens flock to some experts.
+ASSUMED_MARGIN = 0.03
 
 BatchArguments = Mapping[str, Any] | Sequence[Any]
 
@@ -42,51 +50,115 @@ def capture(
     optimizer: OptimizerFactory | None = None,
     keep_outputs: bool = False,
     autocast: torch.dtype | None = None,
-    modes: Sequence[Any] = (),
+    modes: Callable[[], Sequence[Any]] = tuple,
+    repeats: bool = True,
 ) -> StepGraph:
     """Records one training step of ``model`` on ``batch`` (a dict or a tuple of arguments).
 
     ``optimizer`` makes the optimizer of the fake parameters; ``keep_outputs`` holds the model's
     outputs until the end of the step as a caller who keeps them in a variable does; the forward
-    runs under ``torch.autocast`` with the dtype ``autocast``; ``modes`` are torch function modes
-    entered around the step (kernels of another device).
+    runs under ``torch.autocast`` with the dtype ``autocast``; ``modes`` makes contexts to enter
+    around the step (kernels of another device): of what dispatch modes do, the result is recorded;
+    ``repeats`` records layers that are alike once, which gives the same graph sooner.
 
     Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
     tensors cannot know.
     """
     _refuse_checkpointing(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(mode)
-    generators = random.getstate(), numpy.random.get_state()
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            autocast_off(),
-            fake_tensors_look_real(),
-            function_caches_apart(model, recorder.shadows.adopt),
-        ):
-            twin = _fake_twin(model, mode, recorder)
-            arguments = _fake_batch(batch, mode, recorder)
-            _follow_calls(twin, recorder)
-            forward = partial(_forward, twin, arguments, autocast)
-            _run_step(twin, forward, mode, recorder, optimizer, keep_outputs, modes)
-    except UnknownValue as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {error.module or 'the model'}"
-            f" reads a value that depends on activations ({error}); pass a batch of real tensors,"
-            " or replace the data-dependent branch"
-        ) from error
-    except NotImplementedError as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {first_line(error)}; tensors without a "
-            "storage (sparse ones, such as gradients of Embedding(sparse=True)) cannot be planned"
-        ) from error
-    finally:
-        random.setstate(generators[0])
-        numpy.random.set_state(generators[1])
-    return recorder.finish()
+    step = partial(_Step, model, batch, optimizer, keep_outputs, autocast, modes)
+    if repeats:
+        with suppress(NotRepeatable):
+            return step(repeats=True).record()
+    return step(repeats=False).record()
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What is captured, and how."""
+
+    model: nn.Module
+    batch: BatchArguments
+    optimizer: OptimizerFactory | None
+    keep_outputs: bool
+    autocast: torch.dtype | None
+    modes: Callable[[], Sequence[Any]]
+    repeats: bool
+
+    def record(self) -> StepGraph:
+        model = self.model
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        recorder = Recorder(mode)
+        generators = random.getstate(), numpy.random.get_state()
+        try:
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                autocast_off(),
+                fake_tensors_look_real(),
+                modules_stay_where_they_are(),
+                function_caches_apart(model, recorder.shadows.adopt),
+            ):
+                twin = _fake_twin(model, mode, recorder)
+                arguments = _fake_batch(self.batch, mode, recorder)
+                _follow_calls(twin, recorder)
+                repeats = Repeats(recorder)
+                if self.repeats:
+                    repeats.watch(twin)
+                forward = partial(_forward, twin, arguments, self.autocast)
+                note = self._run(twin, forward, mode, recorder, repeats)
+        except UnknownValue as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured: {error.module or 'the model'} reads a "
+                f"value that depends on activations ({error}); pass a batch of real tensors, or "
+                "replace the data-dependent branch"
+            ) from error
+        except NotImplementedError as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured: {first_line(error)}; tensors without "
+                "a storage (sparse ones, such as gradients of Embedding(sparse=True)) cannot be "
+                "planned"
+            ) from error
+        finally:
+            random.setstate(generators[0])
+            numpy.random.set_state(generators[1])
+        assumed = recorder.shadows.notes
+        recorded = recorder.finish((*filter(None, (note,)), *assumed))
+        step = expand(recorded, repeats.pairs, repeats.forward_end)
+        return replace(step, margin=ASSUMED_MARGIN if assumed else 0.0)
+
+    def _run(
+        self,
+        twin: nn.Module,
+        forward: Callable[[], Any],
+        mode: FakeTensorMode,
+        recorder: Recorder,
+        repeats: Repeats,
+    ) -> str:
+        """Runs the step; returns what was assumed about its loss."""
+        parameters = [p for p in twin.parameters() if p.requires_grad]
+        with ExitStack() as stack:
+            stack.enter_context(mode)
+            update = self.optimizer.ready(twin, recorder) if self.optimizer else None
+            for context in (*self.modes(), recorder, ReadsOfValues(recorder.shadows)):
+                stack.enter_context(context)
+            hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
+            with hooks:
+                outputs = forward()
+                repeats.forward_ends()
+                loss, note = loss_of(outputs, twin)
+            if not self.keep_outputs:
+                del outputs
+            recorder.phase = Phase.BACKWARD
+            loss.backward()  # type: ignore[no-untyped-call]
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    recorder.set_kind(parameter.grad, Kind.GRADIENT)
+            repeats.finish()
+            if self.optimizer and update:
+                recorder.phase = Phase.OPTIMIZER
+                self.optimizer.run(update)
+        return note
 
 
 def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn.Module:
@@ -194,37 +266,6 @@ class _Watch:
         return (hash(random.getstate()), int(state[2]), int(state[1][0])), plain
 
 
-def _run_step(
-    twin: nn.Module,
-    forward: Callable[[], Any],
-    mode: FakeTensorMode,
-    recorder: Recorder,
-    optimizer: OptimizerFactory | None,
-    keep_outputs: bool,
-    modes: Sequence[Any],
-) -> None:
-    parameters = [p for p in twin.parameters() if p.requires_grad]
-    with ExitStack() as stack:
-        stack.enter_context(mode)
-        update = optimizer.ready(twin, recorder) if optimizer else None
-        for context in (recorder, *modes):
-            stack.enter_context(context)
-        hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
-        with hooks:
-            outputs = forward()
-            loss = loss_of(outputs, twin)
-        if not keep_outputs:
-            del outputs
-        recorder.phase = Phase.BACKWARD
-        loss.backward()  # type: ignore[no-untyped-call]
-        for parameter in parameters:
-            if parameter.grad is not None:
-                recorder.set_kind(parameter.grad, Kind.GRADIENT)
-        if optimizer and update:
-            recorder.phase = Phase.OPTIMIZER
-            optimizer.run(update)
-
-
 def _forward(twin: nn.Module, batch: BatchArguments, autocast: torch.dtype | None) -> Any:
     kind = next(twin.parameters()).device.type
     try:
@@ -256,23 +297,3 @@ def _refuse_checkpointing(model: nn.Module) -> None:
             f"activation checkpointing is switched on in {name}; call "
             "model.activation_checkpointing_disable() before planning"
         )
-
-
-def loss_of(outputs: Any, model: nn.Module) -> torch.Tensor:
-    """The scalar loss in a model's outputs: ``.loss``, ``["loss"]``, the first item, or itself."""
-    loss = outputs
-    if hasattr(outputs, "loss"):
-        loss = outputs.loss
-    elif isinstance(outputs, Mapping):
-        loss = outputs.get("loss")
-    elif isinstance(outputs, (tuple, list)) and outputs:
-        loss = outputs[0]
-    if not any(p.requires_grad for p in model.parameters()):
-        raise CaptureError(
-            f"{type(model).__name__} has no parameter that trains; set requires_grad on what should"
-        )
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise CaptureError(
-            f"{type(model).__name__} returned no loss to train on; give the batch its labels"
-        )
-    return loss

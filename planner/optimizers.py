@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memfit.planner._compat import FakeOps
 from memfit.planner.errors import MemfitError, first_line
 from memfit.planner.recorder import Recorder
 from memfit.planner.shadows import tensors_in
@@ -59,7 +60,8 @@ class OptimizerFactory:
         parameters = [p for group in update.param_groups for p in group["params"]]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        self.run(update)
+        with FakeOps():  # type: ignore[no-untyped-call]
+            self.run(update)
         update.zero_grad(set_to_none=True)
         for tensor in _state_tensors(update):
             recorder.add_resident(tensor, Kind.OPTIMIZER)

@@ -9,7 +9,7 @@ records.
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,12 @@ from memfit.planner._compat import (
     FakeTensorMode,
     TorchDispatchMode,
     flops_of,
+    is_own_output,
     storage_key,
 )
 from memfit.planner.caching import is_cache
-from memfit.planner.op_facts import signature, work_dtype, written_tensors
-from memfit.planner.shadows import Shadows, UnknownValue, tensors_in
+from memfit.planner.op_facts import signature, unreadable, work_dtype, written_tensors
+from memfit.planner.shadows import Shadows, tensors_in
 from memfit.planner.step_graph import (
     SAMPLE_ELEMENTS,
     Call,
@@ -37,7 +38,9 @@ from memfit.planner.step_graph import (
 )
 
 _aten = torch.ops.aten
-_SAVE_NUMBERS = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
+_SAVE_NUMBERS = frozenset(
+    {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul_.Tensor, _aten.div_.Tensor}
+)
 # Size of the float64 or int64 tensor that wraps a Python number.
 _NUMBER_BYTES = 8
 _PLAIN = (
@@ -56,11 +59,14 @@ _PLAIN = (
 class _Handle:
     """Stands for a saved tensor in autograd's graph."""
 
-    __slots__ = ("__weakref__", "device", "dtype", "index", "node", "shape", "stride")
+    __slots__ = ("__weakref__", "device", "dtype", "index", "known", "node", "shape", "stride")
 
-    def __init__(self, index: int, tensor: torch.Tensor) -> None:
+    def __init__(
+        self, index: int, tensor: torch.Tensor, node: fx.Node, known: torch.Tensor | None
+    ) -> None:
         self.index = index
-        self.node: fx.Node | None = getattr(tensor, "_memfit_node", None)
+        self.node = node
+        self.known = known
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.dtype = tensor.dtype
@@ -84,6 +90,7 @@ class _OpenSaved:
     used_until: int = 0
     order: int = 0
     sample_bytes: int = 0
+    own: bool = False
     watchers: list[Any] = field(default_factory=list)
 
 
@@ -98,6 +105,31 @@ class _OpenCall:
     stop: int = 0
     last_saved: int = 0
     state: str = ""
+    unreadable: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """How many ops, saved tensors and calls were recorded, and how often autograd had asked."""
+
+    ops: int
+    saved: int
+    calls: int
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor in the records."""
+
+    storage: int
+    node: fx.Node
+    layout: tuple[Any, ...]
+    """Shape, strides, offset and dtype."""
+
+
+def stands_in() -> None:
+    """Target of the nodes whose ops are known from an equal layer."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -105,7 +137,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.shadows = Shadows(mode)
+        self.shadows = Shadows(mode, self.current_module)
         self.phase = Phase.FORWARD
         self.graph = fx.Graph()
         self._ops: list[Op] = []
@@ -130,7 +162,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def set_kind(self, tensor: torch.Tensor, kind: Kind) -> None:
         """Says what a tensor that the step allocated turned out to be."""
-        self._storages[self._storage_of(tensor)].kind = kind
+        self._storages[self.storage_of(tensor)].kind = kind
 
     def _open_storage(self, tensor: torch.Tensor, kind: Kind, born: int) -> int:
         key, index = storage_key(tensor), len(self._storages)
@@ -150,7 +182,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         return died
 
-    def _storage_of(self, tensor: torch.Tensor) -> int:
+    def storage_of(self, tensor: torch.Tensor) -> int:
+        """Index of the tensor's storage."""
         index = self._live.get(storage_key(tensor))
         if index is None:  # a constant from outside of the model and the batch
             index = self._open_storage(tensor, Kind.CONSTANT, born=-1)
@@ -162,9 +195,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Saved-tensor hook: autograd keeps the handle, not the tensor."""
         index = len(self._saved)
         sample = min(SAMPLE_ELEMENTS, tensor.numel()) * tensor.element_size()
-        saved = _OpenSaved(self._storage_of(tensor), packed=len(self._ops), sample_bytes=sample)
+        saved = _OpenSaved(
+            self.storage_of(tensor), len(self._ops), sample_bytes=sample, own=is_own_output(tensor)
+        )
         self._saved.append(saved)
-        handle = _Handle(index, tensor)
+        handle = _Handle(index, tensor, self.node_of(tensor), self.shadows.get(tensor))
 
         def dropped(_: Any) -> None:
             saved.released = len(self._ops)
@@ -188,8 +223,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         finally:
             self._paused = False
-        if handle.node is not None:
-            tensor._memfit_node = handle.node  # type: ignore[attr-defined]
+        tensor._memfit_node = handle.node  # type: ignore[attr-defined]
+        tensor._memfit_shadow = handle.known  # type: ignore[attr-defined]
         self._watch_use(tensor, saved)
         return tensor
 
@@ -210,11 +245,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, module: str, type_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """A module's forward begins."""
-        parent = self._stack[-1] if self._stack else -1
-        inputs = tuple(dict.fromkeys(self._storage_of(t) for t in tensors_in((args, kwargs))))
+        parent = self.current_call()
+        inputs = tuple(dict.fromkeys(self.storage_of(t) for t in tensors_in((args, kwargs))))
         call = _OpenCall(module, type_name, parent, len(self._ops), len(self._saved), inputs)
         if any(map(is_cache, (*args, *kwargs.values()))):
             call.state = "writes to a cache that it is given"
+        call.unreadable = unreadable((args, kwargs))
         self._stack.append(len(self._calls))
         self._calls.append(call)
 
@@ -225,14 +261,63 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         call = self._calls[self._stack.pop()]
         call.stop, call.last_saved = len(self._ops), len(self._saved)
-        kept = (self._storages[self._storage_of(t)] for t in tensors_in(list(attributes)))
+        kept = (self._storages[self.storage_of(t)] for t in tensors_in(list(attributes)))
         if any(s.born >= call.start for s in kept):
             call.state = "keeps a tensor of its forward in itself"
         call.state = call.state or changed
 
+    def current_call(self) -> int:
+        """Index of the innermost module call; -1 outside of any."""
+        return self._stack[-1] if self._stack else -1
+
     def current_module(self) -> str:
         """FQN of the module whose forward runs; empty for the model itself."""
         return self._calls[self._stack[-1]].module if self._stack else ""
+
+    # -- repeated layers -------------------------------------------------------------------------
+
+    def now(self) -> "Instant":
+        """How much has been recorded."""
+        return Instant(len(self._ops), len(self._saved), len(self._calls), self._asked)
+
+    def value(self, tensor: torch.Tensor) -> "Value":
+        """Where in the records a tensor is found."""
+        layout = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        return Value(self.storage_of(tensor), self.node_of(tensor), layout)
+
+    def stand_in(self, make: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """One op in place of many, which are known from an equal layer.
+
+        ``make`` makes the tensors that later ops see of them.
+        """
+        index = len(self._ops)
+        self._paused = True
+        try:
+            made = make()
+        finally:
+            self._paused = False
+        for tensor in made:
+            self._open_storage(tensor, Kind.ACTIVATION, index)
+            node = self.graph.create_node("call_function", stands_in)
+            node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
+            self._describe(node, tensor)
+        call = self.current_call()
+        self._ops.append(
+            Op(
+                "stand-in",
+                self.phase,
+                call,
+                "stand-in",
+                (),
+                (),
+                (),
+                False,
+                "",
+                flops=0,
+                moved_bytes=0,
+            )
+        )
+        return made
 
     # -- ops -------------------------------------------------------------------------------------
 
@@ -240,15 +325,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused or func is torch.ops.prim.device.default:
+        if self._paused or func.namespace in ("prim", "profiler"):
             return func(*args, **kwargs)
         if func is _aten.detach.default:
             return self._detach(func, args)
-        try:
-            out = self.shadows.run(func, args, kwargs)
-        except UnknownValue as error:
-            error.module = self.current_module()
-            raise
+        out = self.shadows.run(func, args, kwargs)
         self._record(func, args, kwargs, out)
         return out
 
@@ -262,7 +343,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         index = len(self._ops)
         arguments, results = list(tensors_in((args, kwargs))), list(tensors_in(out))
-        inputs = tuple(dict.fromkeys(self._storage_of(t) for t in arguments))
+        inputs = tuple(dict.fromkeys(self.storage_of(t) for t in arguments))
         node = self._node(func, args, kwargs)
         node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
         outputs = tuple(self._bind(t, index) for t in results)
@@ -278,11 +359,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             Op(
                 name=str(func),
                 phase=self.phase,
-                call=self._stack[-1] if self._stack else -1,
+                call=self.current_call(),
                 signature=signature(func, args, kwargs),
                 inputs=inputs,
                 outputs=outputs,
-                written=tuple(self._storage_of(t) for t in written),
+                written=tuple(self.storage_of(t) for t in written),
                 random=torch.Tag.nondeterministic_seeded in func.tags,
                 dtype=work_dtype((*results, *arguments)),
                 flops=flops_of(func, args, kwargs, out),
@@ -300,9 +381,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if self._in_use:
             return
-        storage = self._storage_of(waiting)
+        storage = self.storage_of(waiting)
         size = waiting.numel() * waiting.element_size()
-        made = self._node_of(waiting).meta.get("op") == self._storages[storage].born
+        made = self.node_of(waiting).meta.get("op") == self._storages[storage].born
         if made and self._storages[storage].size_bytes == size:
             self._summands.append((storage, index))
 
@@ -324,7 +405,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fx(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._node_of(value)
+            return self.node_of(value)
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, (tuple, list)):
@@ -333,10 +414,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return {key: self._fx(v) for key, v in value.items()}
         return repr(value)
 
-    def _node_of(self, tensor: torch.Tensor) -> fx.Node:
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """The fx node whose result the tensor is."""
         node: fx.Node | None = getattr(tensor, "_memfit_node", None)
         if node is None or node.graph is not self.graph:
-            storage = self._storage_of(tensor)
+            storage = self.storage_of(tensor)
             node = self.graph.placeholder(f"{self._storages[storage].kind.name.lower()}_{storage}")
             self._describe(node, tensor)
         return node
@@ -378,12 +460,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 s.used_until,
                 s.order,
                 s.sample_bytes,
+                s.own,
             )
             for s in self._saved
         ]
         calls = [
             Call(c.module, c.type_name, c.parent, c.start, c.stop,
-                 range(c.first_saved, c.last_saved), c.inputs, c.state)
+                 range(c.first_saved, c.last_saved), c.inputs, c.state, c.unreadable)
             for c in self._calls
         ]  # fmt: skip
         return StepGraph(

@@ -75,6 +75,8 @@ class Saved:
     """Place in the order in which the backward first asked; meaningless if it never did."""
     sample_bytes: int
     """Size of the sample by which a recomputed tensor is compared with this one."""
+    own: bool = False
+    """Whether the op that made the tensor saved it, its arguments still alive."""
 
     @property
     def until(self) -> int:
@@ -100,6 +102,8 @@ class Call:
     """Storages of its tensor arguments."""
     state: str = ""
     """What the call leaves behind beside its results, in words; empty for most."""
+    unreadable: str = ""
+    """What it is given whose tensors cannot be told, in words; empty for most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,8 @@ class StepGraph:
     calls: tuple[Call, ...]
     notes: tuple[str, ...] = ()
     """Assumptions made while capturing, for people."""
+    margin: float = 0.0
+    """Share of what the step adds that a plan leaves free, where values were assumed."""
     recomputation_seconds: float = 0.0
     """What each recomputation takes beside its ops: a sample is copied and compared."""
 

@@ -1,6 +1,8 @@
 """Each shim over a private or surprising part of torch and transformers does what it says."""
 
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,10 +90,61 @@ def test_grouped_products_run_on_fake_tensors_of_any_dtype() -> None:
     assert _compat.flops_of(func, (a, b, None), {}, out) == 2 * 16 * 8 * 8
 
 
+def test_other_kernels_are_there_for_a_while() -> None:
+    def lower() -> list[torch.dtype]:
+        x = torch.ones(2, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            return [(x @ x).dtype, x.double().exp().dtype, torch.stack([x, x @ x]).dtype]
+
+    def exp(x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    before = lower()
+    with (
+        pytest.raises(KeyError),
+        _compat.other_kernels("AutocastCPU", {"exp": exp, "matmul": None, "mm": None}),
+    ):
+        assert lower() == [torch.float32, torch.float32, torch.float32]
+        raise KeyError
+    assert lower() == before == [torch.bfloat16, torch.float64, torch.float32]
+
+
+def test_each_device_has_its_own_autocast_ops() -> None:
+    cpu, cuda = (_compat.ops_with_autocast(device) for device in ("CPU", "CUDA"))
+    assert {"softmax.int", "layer_norm"} <= cuda - cpu
+    assert "cat" in cpu - cuda
+    assert "linear" in cpu & cuda
+
+
+def test_autocast_of_cuda_is_the_cpu_s_for_a_while() -> None:
+    forgotten: list[bool] = []
+    assert not torch.is_autocast_enabled()
+    with _compat.cuda_autocast_on_cpu(lambda: forgotten.append(True)):
+        with torch.autocast("cuda", torch.float16):
+            assert torch.is_autocast_enabled() and torch.is_autocast_enabled("cuda")
+            assert torch.get_autocast_dtype("cuda") is torch.get_autocast_dtype("cpu")
+            with torch.autocast("cpu", enabled=False):
+                assert not torch.is_autocast_enabled("cuda")
+            assert not forgotten
+        assert forgotten == [True]
+    with torch.autocast("cpu"):
+        assert not torch.is_autocast_enabled()
+
+
 def test_flops_of_cpu_attention_are_those_of_its_two_products() -> None:
     q = torch.zeros(2, 4, 16, 8)
     func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     assert _compat.flops_of(func, (q, q, q), {}, None) == 2 * (2 * 2 * 4 * 16 * 16 * 8)
+
+
+def test_flops_of_attention_count_a_head_of_keys_for_each_of_queries() -> None:
+    q, k = torch.zeros(2, 4, 16, 8), torch.zeros(2, 2, 16, 8)
+    func = torch.ops.aten._scaled_dot_product_flash_attention.default
+    assert _compat.flops_of(func, (q, k, k), {}, None) == _compat.flops_of(
+        func, (q, q, q), {}, None
+    )
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    assert _compat.flops_of(backward, (q, q, k, k), {}, None) == 5 * (2 * 2 * 4 * 16 * 16 * 8)
 
 
 def test_auto_is_for_a_gpu_that_is_here() -> None:
@@ -132,3 +185,70 @@ def test_a_node_that_saves_what_it_made_is_told_from_others() -> None:
     of_qr = [True] * 3  # what tan makes, then both results
     of_both = [False, True]  # the sine's input, then the result
     assert own == [False, True, True, False, False, True, *of_qr, *of_both]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", ["layer", "group", "batch"])
+def test_gradients_of_norms_are_laid_out_as_by_the_kernels(name: str, channels_last: bool) -> None:
+    aten = torch.ops.aten
+    rows, weight, four = torch.randn(2, 16, 1), torch.ones(16), torch.ones(2, 4)
+    wide = torch.randn(2, 8, 8, 16).permute(0, 3, 1, 2)
+    source, gradient = (wide, wide.contiguous()) if channels_last else (wide.contiguous(), wide)
+    if name == "layer":
+        source, gradient = (t.flatten(2) for t in (source, gradient))
+        weight, all_three = torch.ones(64), [True] * 3
+        func = aten.native_layer_norm_backward.default
+        args: tuple[Any, ...] = (gradient, source, [64], rows, rows, weight, weight, all_three)
+    elif name == "group":
+        func = aten.native_group_norm_backward.default
+        args = (gradient, source, four, four, weight, 2, 16, 64, 4, [True] * 3)
+    else:
+        func = aten.native_batch_norm_backward.default
+        args = (gradient, source, *[weight] * 5, True, 1e-5, [True] * 3)
+    real = func(*args)
+    with _compat.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = _compat.run_fake(func, args, {})
+    assert [t.stride() for t in fake] == [t.stride() for t in real]
+
+
+def test_batch_norm_of_single_pixels_is_laid_out_as_by_the_kernel() -> None:
+    pixels, weight = torch.randn(2, 16, 1, 1), torch.ones(16)
+    args = (pixels, weight, weight, weight.clone(), weight.clone(), True, 0.1, 1e-5)
+    func = torch.ops.aten.native_batch_norm.default
+    with _compat.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = _compat.run_fake(func, args, {})
+    assert fake[0].stride() == func(*args)[0].stride()
+
+
+def test_foreach_ops_on_fake_tensors_change_nothing_and_return_tensors_like_the_given() -> None:
+    aten = torch.ops.aten
+    with _compat.FakeTensorMode() as mode:
+        many = [mode.from_tensor(torch.ones(2, 3)), mode.from_tensor(torch.ones(4))]
+        counts = [torch.tensor(0.0), torch.tensor(0.0)]
+        assert _compat.run_fake(aten._foreach_add_.Scalar, (many, 1), {}) is None
+        roots = _compat.run_fake(aten._foreach_sqrt.default, (many,), {})
+        assert [(t.shape, t.dtype) for t in roots] == [(t.shape, t.dtype) for t in many]
+        assert not {_compat.storage_key(t) for t in roots} & {_compat.storage_key(t) for t in many}
+        _compat.run_fake(aten._foreach_add_.Scalar, (counts, 1), {})
+        assert [count.item() for count in counts] == [1.0, 1.0], "optimizers read step counts"
+
+
+def test_a_module_on_fake_tensors_may_be_moved_to_where_it_is() -> None:
+    with _compat.FakeTensorMode():
+        module = torch.nn.Linear(2, 2)
+        reference = weakref.ref(module.weight)
+        with pytest.raises(RuntimeError, match="swap"):
+            module.to("cpu")
+        with _compat.modules_stay_where_they_are():
+            assert module.to("cpu").weight is reference()
+            with pytest.raises(RuntimeError, match="swap"):
+                module.to(torch.float64)
+
+
+def test_whether_outputs_are_collected_is_what_transformers_says(make: Callable[..., Any]) -> None:
+    model, batch = make("llama")
+    seen: list[bool] = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(_compat.collects_outputs()))
+    model(**batch)
+    model(**batch, output_hidden_states=True)
+    assert seen == [False, True] and not _compat.collects_outputs()
