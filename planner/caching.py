@@ -34,6 +34,16 @@ def without_cache(
     return args, kwargs | {"use_cache": False}
 
 
+def cache_note(model: nn.Module) -> str:
+    """Says that a model trains without the cache that it is configured to fill, if it is."""
+    if not any(getattr(m.config, "use_cache", False) for m in caching_modules(model)):
+        return ""
+    return (
+        "key/value caches are off while gradients are recorded; the gradients are those of "
+        "use_cache=False"
+    )
+
+
 def is_cache(value: object) -> bool:
     """Whether an argument is a key/value cache of transformers, by what it offers."""
     return hasattr(value, "get_seq_length") and hasattr(value, "update")

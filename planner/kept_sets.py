@@ -1,6 +1,7 @@
 """Which tensors a selective region may keep: the sets that are worth offering to the solver.
 
-All subsets are too many. Tensors that one op makes stand or fall together; sets are then grown and
+All subsets are too many. Tensors that one op makes stand or fall together, and small neighbours in
+regions of very many; sets are then grown and
 shrunk by the recompute seconds that a byte is worth, and all subsets of the most valuable tensors
 are tried. Of what comes out, the choices that no other beats in stored bytes, bytes in the backward
 and seconds at once are thinned to a number that the integer program takes easily: those that are
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from memfit.planner.step_graph import StepGraph
 
 # Tensors of which all subsets are tried.
 _SUBSETS_OF = 6
+_MOST_UNITS = 64
 _CEILINGS = 6
 _LEAN = 24
 
@@ -81,7 +83,8 @@ class _Search:
         self._compiled = compiled
         self._rng_state_bytes = rng_state_bytes
         self._tried: dict[KeptSet, _Candidate] = {}
-        self.units = _units(compiled.program)
+        sizes = [step.storages[s].size_bytes for s in compiled.storages]
+        self.units = _few(_units(compiled.program), sizes)
 
     def useful(self) -> list[_Candidate]:
         """What was tried and frees something."""
@@ -195,6 +198,18 @@ def _units(program: Program) -> tuple[KeptSet, ...]:
         else:
             together.add(storage)
     return tuple(frozenset(u) for u in units)
+
+
+def _few(units: Sequence[KeptSet], sizes: Sequence[int]) -> tuple[KeptSet, ...]:
+    """The units, small neighbours taken together where there are too many to be tried alone."""
+    found = list(units)
+    bytes_of = [sum(sizes[s] for s in unit) for unit in found]
+    while len(found) > _MOST_UNITS:
+        pairs = [a + b for a, b in pairwise(bytes_of)]
+        first = pairs.index(min(pairs))
+        found[first : first + 2] = [found[first] | found[first + 1]]
+        bytes_of[first : first + 2] = [pairs[first]]
+    return tuple(found)
 
 
 def _pareto(candidates: Sequence[_Candidate]) -> list[_Candidate]:

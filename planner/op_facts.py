@@ -3,11 +3,14 @@
 Depends on torch alone.
 """
 
+import enum
+import types
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from memfit.planner._compat import is_wrapped
 from memfit.planner.shadows import tensors_in
 
 
@@ -21,6 +24,28 @@ def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             written.extend(tensors_in(value))
     return written
+
+
+_READABLE = (
+    int, float, bool, str, complex, bytes, range, type(None), type, enum.Enum, torch.dtype,
+    torch.device, torch.layout, torch.memory_format, types.FunctionType, types.BuiltinFunctionType,
+)  # fmt: skip
+
+
+def unreadable(value: Any) -> str:
+    """What among a call's arguments holds tensors that cannot be told, in words; empty if nothing.
+
+    Such a call cannot be recognised when it comes again.
+    """
+    if isinstance(value, torch.Tensor):
+        return "a tensor of a transform" if is_wrapped(value) else ""
+    if isinstance(value, (tuple, list)):
+        return next(filter(None, map(unreadable, value)), "")
+    if isinstance(value, dict):
+        return next(filter(None, map(unreadable, value.values())), "")
+    if isinstance(value, _READABLE):
+        return ""
+    return f"a {type(value).__name__}, whose tensors cannot be told"
 
 
 def signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

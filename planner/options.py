@@ -122,6 +122,7 @@ class _Builder:
         self._size = [round_up(s.size_bytes, allocation_bytes) for s in step.storages]
         self._sizes = np.array(self._size, dtype=np.int64)
         self._certain = certain_until(step, regions)
+        self._certain_at: dict[int, int] = {}
         self._born = np.array([s.born for s in step.storages], dtype=np.int64)
         self._resident = np.array([s.kind.resident for s in step.storages])
         self._own: dict[tuple[int, int], list[_Span]] = defaultdict(list)
@@ -296,8 +297,7 @@ class _Builder:
     def _recomputation_bytes(self, own: list[_Span], recomputation: Recomputation) -> int:
         """Most bytes alive while the ops run again, between the ops around ``recomputation.at``."""
         at, ops = recomputation.at, recomputation.ops
-        alive = self._resident | ((self._born < at) & (at < self._certain))
-        before = int(self._sizes[alive].sum())
+        before = self._certain_bytes_at(at)
         before += sum(size for size, start, stop in own if start <= at < stop)
         changes = np.zeros(len(ops) + 1, dtype=np.int64)
         for copy in recomputation.copies:
@@ -306,6 +306,13 @@ class _Builder:
             changes[end] -= round_up(copy.size_bytes, self._round)
         workspace = np.array([self._step.ops[i].workspace_bytes for i in ops], dtype=np.int64)
         return before + int((np.cumsum(changes[:-1]) + workspace).max(initial=0))
+
+    def _certain_bytes_at(self, at: int) -> int:
+        """Bytes alive between the ops around a clock, whatever is chosen."""
+        if at not in self._certain_at:
+            alive = self._resident | ((self._born < at) & (at < self._certain))
+            self._certain_at[at] = int(self._sizes[alive].sum())
+        return self._certain_at[at]
 
 
 def _windows(step: StepGraph, regions: Sequence[Region], cuts: Collection[int]) -> list[_Window]:

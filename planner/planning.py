@@ -16,6 +16,7 @@ from memfit.planner import document
 from memfit.planner.batches import Batch, make_batch
 from memfit.planner.bound import find_bounds
 from memfit.planner.budget import format_bytes, parse_budget
+from memfit.planner.caching import cache_note
 from memfit.planner.capture import BatchArguments, capture
 from memfit.planner.costs import price
 from memfit.planner.fingerprint import fingerprint
@@ -118,19 +119,21 @@ def plan(
         optimizer=factory,
         keep_outputs=keep_outputs,
         autocast=cast_to,
-        modes=target.modes(),
+        modes=target.modes,
     )
     step = target.with_workspace(step)
     step, costs = _priced(step, target, costs, say)
-    say(f"solving for {format_bytes(budget_bytes)}")
+    say("finding regions and what they can keep")
     limits = Limits(0.0, time_limit_seconds, gap * step.seconds)
     task = Task.of(step, target, budget_bytes, limits, selective)
+    say(f"solving for {format_bytes(budget_bytes)}")
     if save_problem is not None:
         write_problem(task.problem, save_problem)
     outcome = task.solve(solver)
     if save_problem is not None and outcome.task is not task:
         write_problem(outcome.task.problem, save_problem)
-    notes = (batch_note, *target.notes, *step.notes, _solver_note(outcome))
+    say("simulating the plan")
+    notes = (batch_note, *target.notes, *step.notes, cache_note(model), _solver_note(outcome))
     workload = document.Workload(
         batch=_batch_specs(arguments),
         optimizer=factory.name if factory else None,
@@ -149,6 +152,7 @@ def plan(
 
 def _priced(step: StepGraph, target: Target, costs: str, say: Progress) -> tuple[StepGraph, str]:
     """The step with seconds, and where they come from in words."""
+    say("pricing its ops")
     if costs == "auto":
         costs = "measured" if target.is_present else "roofline"
     if costs == "roofline":
@@ -177,7 +181,7 @@ def _write_plan(outcome: Outcome, model: nn.Module, workload: document.Workload)
         ),
         model=_model(model),
         workload=workload,
-        budget_bytes=task.problem.budget_bytes,
+        budget_bytes=task.budget_bytes,
         predicted=document.Predicted(
             peak_bytes=outcome.timeline.peak_bytes,
             peak_at=peak.where,

@@ -181,6 +181,8 @@ def _why_kept(step: StepGraph, call: int, other_calls: int) -> str:
     record = step.calls[call]
     if other_calls:
         return "called elsewhere in the step, too"
+    if record.unreadable:
+        return f"given {record.unreadable}"
     for inner in step.calls:
         if inner.state and record.start <= inner.start and inner.stop <= record.stop:
             return f"{inner.module} {inner.state}"

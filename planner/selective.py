@@ -220,7 +220,7 @@ class _Selective:
     def _samples(self) -> list[tuple[int, int, int]]:
         probed = [self._dropped[s] for s in self._program.probes(self._kept)]
         return [
-            (saved[0].sample_bytes, saved[0].packed, max(s.released for s in saved))
+            (saved[0].sample_bytes, saved[0].packed - saved[0].own, max(s.released for s in saved))
             for saved in probed
         ]
 

@@ -1,9 +1,10 @@
-"""Memory that a CPU kernel allocates inside an op and frees before it returns.
+"""Memory that a kernel allocates inside an op and frees before it returns.
 
-A step on fake tensors cannot see it. Where a rule is known it is a formula; matrix products in half
-precision and convolutions pack their operands as the library and the processor like it, so these
-are run once, on random tensors, in a process of their own that reads the allocator's events.
-Results are remembered by op, shapes and strides. Depends on the step's records and torch.
+A step on fake tensors cannot see it. Where a rule is known it is a formula. On a CPU matrix
+products in half precision and convolutions pack their operands as the library and the processor
+like it, so these are run once, on random tensors, in a process of their own that reads the
+allocator's events. Results are remembered by op, shapes and strides. Depends on the step's records
+and torch.
 """
 
 import os
@@ -19,11 +20,23 @@ from torch import fx
 
 from memfit.planner.errors import MemfitError
 from memfit.planner.measuring import made_up
-from memfit.planner.step_graph import StepGraph
+from memfit.planner.step_graph import Kind, StepGraph
 
 _MATMULS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
-_PACKING = ("aten.convolution", "aten._scaled_dot_product_flash_attention_for_cpu")
+_PACKING = (
+    "aten.convolution",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten.native_batch_norm",
+)
 _HALF = (torch.bfloat16, torch.float16)
+_WITH_NUMBERS = frozenset(
+    f"aten.{name}"
+    for name in ("mul.Tensor", "div.Tensor", "add.Tensor", "sub.Tensor", "rsub.Scalar")
+)
+_NUMBER_BYTES = 8
+_TRANSPOSED_BLOCK = 60
+# Elements from which kernels use several threads (``at::internal::GRAIN_SIZE``).
+_GRAIN = 32768
 # Bytes by op, shapes, strides and threads, for as long as the process lives.
 _MEASURED: dict[object, int] = {}
 
@@ -60,11 +73,65 @@ def with_cpu_workspace(step: StepGraph) -> StepGraph:
             Request(str(n.target), _plain(n.args), _plain(n.kwargs)) for n in missing.values()
         ]
         _MEASURED.update(zip(missing, _measure(requests), strict=True))
+    # Numbers that autograd saves are storages of the step.
+    saved = {s.born for s in step.storages if s.kind is Kind.NUMBER}
     ops = tuple(
-        replace(op, workspace_bytes=_MEASURED[keys[i]] if i in keys else _by_rule(nodes[i]))
+        replace(
+            op,
+            workspace_bytes=_MEASURED[keys[i]]
+            if i in keys
+            else max(0, _by_rule(nodes[i]) - (_NUMBER_BYTES if i in saved else 0)),
+        )
         for i, op in enumerate(step.ops)
     )
     return replace(step, ops=ops)
+
+
+def with_cuda_workspace(step: StepGraph) -> StepGraph:
+    """``step`` with the workspace of its ops on CUDA, as far as there is a rule."""
+    nodes = step.nodes()
+    ops = tuple(
+        replace(op, workspace_bytes=_of_flash_backward(nodes[index].args))
+        if op.name in _FLASH_BACKWARDS
+        else op
+        for index, op in enumerate(step.ops)
+    )
+    return replace(step, ops=ops)
+
+
+# What cuDNN takes is its own affair; its algorithm is the same and is counted alike.
+_FLASH_BACKWARDS = frozenset(
+    {
+        "aten._scaled_dot_product_flash_attention_backward.default",
+        "aten._scaled_dot_product_cudnn_attention_backward.default",
+    }
+)
+
+
+def _of_flash_backward(args: Any) -> int:
+    """``mha_bwd`` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, read 2026-11.
+
+    Its gradient of the queries adds up in float32. Where algorithms have to be deterministic, there
+    are several such sums, as many as the device's processors ask for; one is counted.
+    """
+    gradient, query, key, _, out = (node.meta for node in args[:5])
+    batch, heads, queries, head = query["shape"]
+    rows = batch * heads * _up(queries, 128)
+    floats = rows * (_up(head, 32 if head <= 128 else 64) + 1)
+    # Keys of fewer heads get a gradient for each head of the queries first.
+    expanded = 2 * batch * heads * key["shape"][2] * head if key["shape"][1] != heads else 0
+    # The kernel's order of dimensions: rows before heads.
+    copied = [meta for meta in (gradient, out) if not _is_contiguous(_heads_last(meta))]
+    halves = expanded * query["dtype"].itemsize + sum(_size(m, m["dtype"]) for m in copied)
+    return int(floats * torch.float32.itemsize + halves)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _heads_last(meta: dict[str, Any]) -> dict[str, Any]:
+    return {name: [meta[name][i] for i in (0, 2, 1, 3)] for name in ("shape", "stride")}
 
 
 def _is_measured(node: fx.Node) -> bool:
@@ -82,8 +149,18 @@ def _by_rule(node: fx.Node) -> int:
         return int(count + count // max(1, row) + node.meta["dtype"].itemsize)
     if name.startswith("aten.native_layer_norm_backward"):
         return _of_layer_norm_backward(node.args)
+    if name.startswith("aten.masked_select"):
+        return _of_masked_select(node)
+    if name == "aten.index.Tensor":
+        return _of_masked_index(node)
     if name.startswith("aten.embedding_dense_backward"):
+        return sum(_size(t, t["dtype"]) for t in tensors if not _is_contiguous(t))
+    if name.startswith("aten.upsample_") and "_backward" in name:
         return 0 if _is_contiguous(tensors[0]) else _size(tensors[0], tensors[0]["dtype"])
+    if name in ("aten.copy_.default", "aten.clone.default"):
+        return _of_transposing(node.meta, tensors[-1])
+    if name in _WITH_NUMBERS and len(tensors) == 1:
+        return _of_number(node)
     if len(tensors) == 2 and torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
         # Operands of other dtypes are converted whole before the loop.
         common = torch.promote_types(tensors[0]["dtype"], tensors[1]["dtype"])
@@ -98,6 +175,48 @@ def _of_layer_norm_backward(args: Any) -> int:
     # What each thread sums up for the gradients of weight and bias.
     sums = 2 * _threads() * torch.Size(shape).numel() * source.meta["dtype"].itemsize
     return sum(_size(meta, meta["dtype"]) for meta in copied) + (sums if any(wanted[1:]) else 0)
+
+
+def _of_transposing(made: dict[str, Any], source: dict[str, Any]) -> int:
+    """A large transposed matrix is copied through a buffer (``copy_transpose_valid``)."""
+    shape, stride = source["shape"], source["stride"]
+    transposed = len(shape) == 2 and stride == (1, shape[0]) and _is_contiguous(made)
+    if not transposed or made["dtype"] != source["dtype"]:
+        return 0
+    block = _TRANSPOSED_BLOCK**2
+    return int(block * made["dtype"].itemsize) if torch.Size(shape).numel() >= block else 0
+
+
+def _of_number(node: fx.Node) -> int:
+    """A Python number becomes a tensor, and another one in the dtype that is worked in."""
+    number = next((a for a in node.args if isinstance(a, (int, float))), None)
+    if number is None:  # a tensor with itself
+        return 0
+    worked_in = node.meta["dtype"]
+    own = torch.float64 if isinstance(number, float) else torch.int64
+    return _NUMBER_BYTES + (worked_in.itemsize if worked_in is not own else 0)
+
+
+def _of_masked_select(node: fx.Node) -> int:
+    """The mask as whole numbers, to count it, and again with its running sum to find places."""
+    source, mask = (n.meta for n in node.all_input_nodes)
+    shape: torch.Size = torch.broadcast_shapes(source["shape"], mask["shape"])  # type: ignore[no-untyped-call]
+    count = shape.numel()
+    plain = source["shape"] == mask["shape"] and _is_contiguous(source) and _is_contiguous(mask)
+    if plain and (count < _GRAIN or _threads() == 1):
+        return max(0, 8 * count + 8 - _size(node.meta, node.meta["dtype"]))
+    return 16 * count
+
+
+def _of_masked_index(node: fx.Node) -> int:
+    """The places where masks are set, a whole number for each of their dimensions."""
+    indices = node.args[1]
+    assert isinstance(indices, (tuple, list))
+    masks = [i.meta for i in indices if isinstance(i, fx.Node) and i.meta["dtype"] is torch.bool]
+    source = node.all_input_nodes[0].meta["shape"]
+    dims = sum(len(mask["shape"]) for mask in masks)
+    rest = max(1, torch.Size(source[dims:]).numel())
+    return 8 * dims * (torch.Size(node.meta["shape"]).numel() // rest)
 
 
 def _size(meta: dict[str, Any], dtype: torch.dtype) -> int:

@@ -1,6 +1,12 @@
-"""Memory inside CPU kernels: the rules against the allocator, and what is measured for itself."""
+"""Memory inside kernels: the CPU's rules against the allocator, and what is measured for itself.
 
+CUDA's rules are held against what the source of the kernels says.
+"""
+
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +14,11 @@ from torch import fx, nn
 
 from memfit.planner import workspace
 from memfit.planner.capture import capture
+from memfit.planner.cuda_ops import cuda_modes
 from memfit.planner.step_graph import StepGraph
-from memfit.planner.workspace import WorkspaceError, with_cpu_workspace
+from memfit.planner.workspace import WorkspaceError, with_cpu_workspace, with_cuda_workspace
+
+ROOT = Path(__file__).parents[1]
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,6 +55,26 @@ def normalized(weight: torch.Tensor) -> torch.Tensor:
     return nn.functional.layer_norm(torch.ones(4, 8, 64), (64,), weight).sum()
 
 
+def scaled(weight: torch.Tensor) -> torch.Tensor:
+    return (weight * 0.5).sum()
+
+
+def shifted(weight: torch.Tensor) -> torch.Tensor:
+    return (3 - weight).sum()
+
+
+def selected(weight: torch.Tensor) -> torch.Tensor:
+    return weight.masked_select(torch.arange(64) % 2 == 0).sum()
+
+
+def selected_plain(weight: torch.Tensor) -> torch.Tensor:
+    return weight.masked_select(torch.ones(8, 64, dtype=torch.bool).tril(40)).sum()
+
+
+def indexed(weight: torch.Tensor) -> torch.Tensor:
+    return weight[torch.ones(8, 4, dtype=torch.bool).tril()].sum()
+
+
 def node_of(step: StepGraph, name: str) -> fx.Node:
     node: fx.Node = next(n for n in step.graph.nodes if str(n.target).startswith(name))
     return node
@@ -70,6 +99,56 @@ def test_rules_agree_with_the_allocator(name: str, weight: torch.Tensor, loss: L
     assert workspace._by_rule(node) == measured > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "weight", "loss"),
+    [
+        ("aten.mul.Tensor", torch.zeros(8, 64), scaled),
+        ("aten.rsub.Scalar", torch.zeros(8, 64), shifted),
+        ("aten.masked_select", torch.zeros(8, 64), selected),
+        ("aten.masked_select", torch.zeros(8, 64), selected_plain),
+        ("aten.index.Tensor", torch.zeros(8, 4, 16), indexed),
+    ],
+)
+def test_rules_for_masks_and_numbers_agree_with_the_allocator(
+    name: str, weight: torch.Tensor, loss: Loss
+) -> None:
+    """What memory depends on values for is run in the model itself."""
+    node = node_of(capture(Model(weight, loss), ()), name)
+    (measured,) = _measured_forward(weight, loss, name)
+    assert workspace._by_rule(node) == measured > 0
+
+
+def _measured_forward(weight: torch.Tensor, loss: Loss, name: str) -> list[int]:
+    """What each call of an op allocates at most beyond its result."""
+    script = f"""
+import pickle, sys, torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from tests import test_workspace as here
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith({name!r}):
+            return func(*args, **(kwargs or {{}}))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            out = func(*args, **(kwargs or {{}}))
+        alive = most = 0
+        events = profiled.profiler.kineto_results.events()
+        for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+            alive += size
+            most = max(most, alive)
+        print("BYTES", most - alive)
+        return out
+torch.set_num_threads({torch.get_num_threads()})
+with torch.no_grad(), Mode():
+    here.{loss.__name__}(torch.zeros({tuple(weight.shape)}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("BYTES")]
+    return [int(size) for _, size in lines]
+
+
 def test_products_in_half_precision_are_measured_and_those_in_single_are_not() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.zeros(512, 256, dtype=dtype)
@@ -85,3 +164,34 @@ def test_products_in_half_precision_are_measured_and_those_in_single_are_not() -
 def test_a_failing_measurement_says_what_failed() -> None:
     with pytest.raises(WorkspaceError, match=r"CPU kernels failed: .*no_such_op"):
         workspace._measure([workspace.Request("aten.no_such_op.default", (), {})])
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["heads", "groups"])
+@pytest.mark.parametrize("head", [16, 160], ids=str)
+def test_flash_attention_adds_up_in_float32(heads: int, head: int) -> None:
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        split = weight.view(2, 200, -1, head).transpose(1, 2)
+        query, key, value = split[:, :4], split[:, 4 : 4 + heads], split[:, 4 + heads :]
+        out = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return (out.transpose(1, 2) * torch.ones(4, head, dtype=torch.bfloat16)).sum()
+
+    width = (4 + 2 * heads) * head
+    model = Model(torch.zeros(2, 200, width, dtype=torch.bfloat16), loss)
+    step = with_cuda_workspace(capture(model, (), modes=cuda_modes))
+    found = {op.name: op.workspace_bytes for op in step.ops if op.workspace_bytes}
+    # Rows in blocks of 128, heads of 160 as heads of 192: the gradient, and a sum for each row.
+    expected = 2 * 4 * 256 * ({16: 32, 160: 192}[head] + 1) * 4
+    expanded = 2 * (2 * 4 * 200 * head) * 2 if heads == 2 else 0
+    name = "aten._scaled_dot_product_flash_attention_backward.default"
+    assert found == {name: expected + expanded}
+
+
+def test_flash_attention_copies_a_gradient_in_another_order() -> None:
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        out = nn.functional.scaled_dot_product_attention(weight, weight, weight)
+        return (out * torch.ones(4, 128, 16, dtype=torch.bfloat16)).sum()
+
+    model = Model(torch.zeros(2, 4, 128, 16, dtype=torch.bfloat16), loss)
+    step = with_cuda_workspace(capture(model, (), modes=cuda_modes))
+    size = 2 * 4 * 128 * 16 * 2
+    assert max(op.workspace_bytes for op in step.ops) == 2 * 4 * 128 * 33 * 4 + 2 * size
