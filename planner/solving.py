@@ -64,6 +64,8 @@ class Task:
     problem: Problem
     limits: Limits
     segments: tuple[SegmentOption, ...] = ()
+    margin_bytes: int = 0
+    """What the problem's budget leaves free of the one that was asked for."""
 
     @staticmethod
     def of(
@@ -78,7 +80,21 @@ class Task:
         problem = build_problem(
             step, regions, options, budget_bytes, target.device.allocation_bytes
         )
-        return Task(step, target, regions, options, problem, limits)
+        task = Task(step, target, regions, options, problem, limits)
+        return task._with_margin() if step.margin else task
+
+    def _with_margin(self) -> "Task":
+        """The task with a budget that leaves the step's margin free."""
+        none = self.simulate(SOLVERS["none"](self.problem, self.limits))
+        adds_bytes = none.timeline.peak_bytes - self.resident_bytes
+        margin = min(int(self.step.margin * adds_bytes), self.problem.budget_bytes - 1)
+        within = replace(self.problem, budget_bytes=self.problem.budget_bytes - margin)
+        return replace(self, problem=within, margin_bytes=margin)
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget that was asked for."""
+        return self.problem.budget_bytes + self.margin_bytes
 
     def with_segments(self) -> "Task":
         """The task that may choose segments, beside those options that do not depend on costs."""
@@ -110,7 +126,7 @@ class Task:
                 task = self.with_segments()
                 outcome = _faster(outcome, task._solve(solver))
             if outcome is None:
-                outcome = task.simulate(minimise_peak(task.lean_problem(), self.limits))
+                outcome = task._lowest()
         except (NoSolver, ProblemError) as error:
             raise SolverError(f"the solver {solver!r} cannot be used here: {error}") from error
         if outcome.timeline.peak_bytes > self.problem.budget_bytes:
@@ -118,11 +134,20 @@ class Task:
         return outcome
 
     def _may_need_segments(self, outcome: Outcome | None) -> bool:
-        """Whether nothing fits, or only what recomputes about as much as checkpointing does."""
+        """Whether nothing fits that could, or only what recomputes nearly everything."""
         if outcome is None:
-            return True
+            unavoidable = max((m.base_bytes for m in self.problem.moments), default=0)
+            return minimise_peak(self.lean_problem(), self.limits).peak_bytes > unavoidable
         full = SOLVERS["full"](self.problem).recompute_seconds
         return 0 < _NEARLY * full <= outcome.solution.recompute_seconds
+
+    def _lowest(self) -> Outcome:
+        """The choice of lowest peak. How long it takes is only looked at if it fits."""
+        problem = self.lean_problem()
+        outcome = self.simulate(minimise_peak(problem, self.limits, any_seconds=True))
+        if outcome.timeline.peak_bytes > self.problem.budget_bytes:
+            return outcome
+        return self.simulate(minimise_peak(problem, self.limits))
 
     def _solve(self, solver: str) -> Outcome | None:
         if solver in BASELINES:
@@ -177,10 +202,17 @@ class Task:
         return self.step.resident_bytes(self.target.device.allocation_bytes)
 
     def _infeasible(self, solver: str, minimum_bytes: int) -> InfeasibleBudget:
-        budget = self.problem.budget_bytes
+        budget = self.budget_bytes
+        minimum_bytes += self.margin_bytes
         # Rounded up, so that it can be typed back as it stands.
         smallest = f"{-(-minimum_bytes // 2**20)} MiB ({minimum_bytes} bytes)"
         way_out = "Raise the budget, or make the batch smaller or shorter."
+        if self.resident_bytes > budget:
+            way_out = (
+                f"{format_bytes(self.resident_bytes)} of it are there before the step begins "
+                "(parameters, optimizer state, batch): shard the model over several GPUs, or train "
+                "fewer parameters."
+            )
         if solver in (AUTO, *NESTED) and solver not in BASELINES:
             what = f"no plan keeps this step within {format_bytes(budget)} ({budget} bytes); the "
             what += f"smallest budget that has a plan is {smallest}"

@@ -50,12 +50,17 @@ def _solve_flat(problem: Problem, limits: Limits) -> Solution:
     return replace(greedy.solve(problem, limits), note=why)
 
 
-def minimise_peak(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
-    """Lowest peak of all choices, whatever the budget, by the solver that suits."""
+def minimise_peak(
+    problem: Problem, limits: Limits = DEFAULT_LIMITS, *, any_seconds: bool = False
+) -> Solution:
+    """Lowest peak of all choices, whatever the budget, by the solver that suits.
+
+    With ``any_seconds`` it may be slower than others of that peak, but is found sooner.
+    """
     flat = _minimise_flat(problem.flat(), limits)
     if not problem.segments:
         return flat
-    nested = nested_dp.minimise_peak(problem, limits)
+    nested = nested_dp.minimise_peak(problem, limits, any_seconds=any_seconds)
     found = [solution for solution in (flat, nested) if solution.choices]
     return min(found, key=lambda solution: solution.peak_bytes, default=nested)
 
