@@ -6,20 +6,17 @@ and transformers, which are imported when a model is built. Depends on the plann
 """
 
 import argparse
-import logging
 import math
 import os
 import re
 import sys
-import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from memfit.integrations.progress import Progress, hushed
 from memfit.planner.budget import parse_budget
 from memfit.planner.devices import DEVICES
 from memfit.planner.document import Plan
@@ -41,9 +38,6 @@ from memfit.solvers import (
 DONE, UNUSABLE, INFEASIBLE = 0, 2, 3
 # What a shell reports for a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, PIPE_CLOSED = 130, 141
-
-# A part of the work is announced once it has lasted this long.
-_PATIENCE_SECONDS = 1.0
 
 _EXAMPLES = """\
 examples:
@@ -116,8 +110,13 @@ def _plan(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.output} is named twice; the problem needs a file of its own")
     if options.budget != "auto":
         parse_budget(options.budget)  # refused before a model is built, not after
-    with _progress(options.quiet) as progress, _hushed(options.debug):
-        plan = _make_plan(options, progress)
+    progress = Progress(options.quiet)
+    try:
+        with progress, hushed(options.debug):
+            plan = _make_plan(options, progress.begin)
+    finally:
+        if options.timings:
+            sys.stderr.write(progress.timings())
     if not options.quiet:
         sys.stderr.write(format_plan(plan))
     if options.output is not None:
@@ -191,51 +190,6 @@ def _check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: it is not a file; name one, such as plan.json")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write {path}: no permission to write in {path.parent}")
-
-
-# -- stderr --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A function that is told what begins, and says so once it has lasted for a while."""
-    timers: list[threading.Timer] = []
-
-    def begin(text: str) -> None:
-        end()
-        timer = threading.Timer(_PATIENCE_SECONDS, _say, (f"memfit: {text} ...",))
-        timer.daemon = True
-        timer.start()
-        timers.append(timer)
-
-    def end() -> None:
-        for timer in timers:
-            timer.cancel()
-            timer.join()  # a line that is being written does not run into the next output
-        timers.clear()
-
-    try:
-        yield begin if not quiet else lambda _: None
-    finally:
-        end()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _hushed(debug: bool) -> Iterator[None]:
-    """Keeps warnings and logs of libraries off stderr, and whatever they print off stdout."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        if not debug:
-            warnings.simplefilter("ignore")
-            logging.disable(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -317,6 +271,9 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="write the solver's problem here, for `memfit solve`",
     )
     parser.add_argument("--quiet", action="store_true", help="no table and no progress on stderr")
+    parser.add_argument(
+        "--timings", action="store_true", help="say on stderr how long each part of the work took"
+    )
     _add_debug(parser)
 
 

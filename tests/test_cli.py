@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from memfit.integrations import cli
+from memfit.integrations import cli, progress
 from memfit.planner.document import Plan
 from memfit.planner.report import format_plan
 
@@ -154,10 +154,24 @@ def test_progress_is_for_what_lasts(
     patience: float,
     said: bool,
 ) -> None:
-    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(progress, "_PATIENCE_SECONDS", patience)
     assert cli.main(["plan", config, "--budget", "1GiB", *STEP]) == 0
     line = "memfit: capturing a training step of LlamaForCausalLM ...\n"
     assert (line in capsys.readouterr().err) is said
+
+
+def test_timings_name_each_part_of_the_work(config: str, capsys: Output) -> None:
+    assert cli.main(["plan", config, "--budget", "1GiB", *STEP, "--quiet", "--timings"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    parts = ("building", "capturing", "pricing", "finding regions", "solving", "simulating", "all")
+    assert all(any(f"s of CPU  {part}" in line for line in lines) for part in parts)
+    seconds = [float(line.split()[0]) for line in lines]
+    assert abs(sum(seconds[:-1]) - seconds[-1]) < 0.1
+
+
+def test_timings_are_said_when_no_plan_keeps_the_budget(config: str, capsys: Output) -> None:
+    assert cli.main(["plan", config, "--budget", "1KiB", *STEP, "--timings"]) == 3
+    assert "s of CPU  solving for 1 KiB" in capsys.readouterr().err
 
 
 # -- show and help -------------------------------------------------------------------------------
