@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install demo test test-slow lint \
-  bench-truth bench-frontier bench-overhead bench-solvers bench-optimum
+  bench-truth bench-frontier bench-overhead bench-solvers bench-optimum bench-coverage bench-scale
 
 install: $(STAMP)
 
@@ -50,6 +50,12 @@ bench-solvers: $(STAMP)
 
 bench-optimum: $(STAMP)
 	$(BIN)/python benchmarks/optimum.py
+
+bench-coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
+
+bench-scale: $(STAMP)
+	$(BIN)/python benchmarks/scale.py
 
 bench-overhead: $(STAMP)
 	@$(BIN)/python benchmarks/overhead.py

@@ -1,15 +1,21 @@
 """Runs measurements in processes of their own, because a CPU's peak is measured once in each.
 
-A script that measures so answers ``script --alone REQUEST`` with the result, both JSON. Depends on
-the standard library alone.
+A script that measures so answers ``script --alone REQUEST`` with the result, both JSON; where there
+are many, short ones, they run in forks of the script instead, which has imported everything
+already. Depends on the standard library alone.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +62,55 @@ def each(
                 yield future.result()
             except MeasurementFailed as failure:
                 yield failure
+
+
+@dataclass(frozen=True, slots=True)
+class _Fork:
+    request: Request
+    process: Any
+    deadline: float
+
+
+def forks(
+    measure: Measure, requests: Iterable[Request], jobs: int, seconds: float
+) -> Iterator[tuple[Request, dict[str, Any] | MeasurementFailed]]:
+    """Requests and results as they come; one that takes longer than ``seconds`` has failed.
+
+    This process must not have started threads: a fork has none of them.
+    """
+    context = multiprocessing.get_context("fork")
+    pending, running = list(reversed(list(requests))), dict[Connection, _Fork]()
+    while pending or running:
+        while pending and len(running) < jobs:
+            request = pending.pop()
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_answer_into, args=(theirs, measure, request))
+            process.start()
+            theirs.close()
+            running[mine] = _Fork(request, process, time.monotonic() + seconds)
+        ready = wait(list(running), timeout=1.0)
+        late = [c for c, fork in running.items() if time.monotonic() > fork.deadline]
+        for connection in [c for c in running if c in ready or c in late]:
+            fork = running.pop(connection)
+            yield fork.request, _result_of(connection, fork, seconds)
+
+
+def _answer_into(connection: Connection, measure: Measure, request: Request) -> None:
+    try:
+        answer: object = measure(request)
+    except Exception:
+        answer = traceback.format_exc()
+    connection.send(answer)
+
+
+def _result_of(
+    connection: Connection, fork: _Fork, seconds: float
+) -> dict[str, Any] | MeasurementFailed:
+    try:
+        result = connection.recv() if connection.poll() else f"it took more than {seconds:.0f} s"
+    except EOFError:
+        result = "its process died"
+    fork.process.kill()
+    fork.process.join()
+    connection.close()
+    return result if isinstance(result, dict) else MeasurementFailed(result)

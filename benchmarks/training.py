@@ -3,14 +3,18 @@
 Depends on torch, on the measures and on the workloads.
 """
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
 from benchmarks.measure import Contestant, Outcome, Peak, measure_peak, outcome_of
-from benchmarks.workloads import Batch, Workload, make
+from benchmarks.workloads import Workload, make
+from memfit.planner.losses import loss_of
+from memfit.planner.shadows import tensors_in
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -25,7 +29,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        batch: Batch,
+        batch: dict[str, Any],
         optimizer: str | None = None,
         device: str = "cpu",
         autocast: str | None = None,
@@ -48,11 +52,15 @@ class Trainer:
         """What belongs to no step: the seed, and that there are no gradients."""
         self.model.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
 
     def backward(self) -> torch.Tensor:
         """Forward and backward. The outputs die before the backward, as in the usual loop."""
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
-            loss: torch.Tensor = self.model(**self.batch).loss
+            outputs = self.model(**self.batch)
+        loss, _ = loss_of(outputs, self.model)
+        del outputs
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -65,7 +73,7 @@ class Trainer:
 
     def held_bytes(self) -> int:
         """Parameters, buffers, optimizer state and batch, counted tensor by tensor."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.batch)]
         if self.optimizer is not None:
             states = self.optimizer.state.values()
             tensors += [v for s in states for v in s.values() if torch.is_tensor(v)]

@@ -113,9 +113,9 @@ def measure(request: processes.Request) -> dict[str, Any]:
     workload = Workload(**request["workload"])
     trainer = Trainer.of(workload)
     begin = time.perf_counter()
-    made, at_minimum = _plan_share(trainer, request["share"])
+    made, at_minimum = plan_share(trainer, request["share"])
     plan_seconds = time.perf_counter() - begin
-    equal = _compare(trainer, made)
+    equal = compare(trainer, made)
     with apply(made, trainer.model):
         peak = trainer.peak()
     predicted = made.predicted
@@ -142,7 +142,7 @@ def measure(request: processes.Request) -> dict[str, Any]:
     )
 
 
-def _plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
+def plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
     """The plan for a share of the unplanned step's bytes, or for the least that can be done."""
 
     def plan_into(budget_bytes: int) -> Plan:
@@ -162,7 +162,7 @@ def _plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
         return plan_into(error.minimum_bytes), True
 
 
-def _compare(trainer: Trainer, made: Plan) -> str:
+def compare(trainer: Trainer, made: Plan) -> str:
     """Whether the planned step computes what the unplanned one does, to the bit."""
     unplanned = trainer.outcome()
     with apply(made, trainer.model):
