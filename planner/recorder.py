@@ -195,11 +195,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Saved-tensor hook: autograd keeps the handle, not the tensor."""
         index = len(self._saved)
         sample = min(SAMPLE_ELEMENTS, tensor.numel()) * tensor.element_size()
-        saved = _OpenSaved(
-            self.storage_of(tensor), len(self._ops), sample_bytes=sample, own=is_own_output(tensor)
-        )
+        node = self.node_of(tensor)
+        own = node.target is not stands_in and is_own_output(tensor)
+        saved = _OpenSaved(self.storage_of(tensor), len(self._ops), sample_bytes=sample, own=own)
         self._saved.append(saved)
-        handle = _Handle(index, tensor, self.node_of(tensor), self.shadows.get(tensor))
+        handle = _Handle(index, tensor, node, self.shadows.get(tensor))
 
         def dropped(_: Any) -> None:
             saved.released = len(self._ops)

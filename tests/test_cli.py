@@ -171,7 +171,7 @@ def test_timings_name_each_part_of_the_work(config: str, capsys: Output) -> None
 
 def test_timings_are_said_when_no_plan_keeps_the_budget(config: str, capsys: Output) -> None:
     assert cli.main(["plan", config, "--budget", "1KiB", *STEP, "--timings"]) == 3
-    assert "s of CPU  solving for 1 KiB" in capsys.readouterr().err
+    assert "s of CPU  solving for" in capsys.readouterr().err
 
 
 # -- show and help -------------------------------------------------------------------------------
