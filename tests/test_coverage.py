@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.coverage import Row, conclude
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.coverage import Row, conclude  # noqa: E402
+
 FAMILIES = {
     "decoders": "bloom falcon gemma2 gpt2 gpt_neox gptj llama olmo2 opt phi3 qwen3 stablelm",
     "encoders": "albert bert deberta-v2 distilbert electra fnet funnel modernbert roberta xlnet",
