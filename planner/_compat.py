@@ -43,6 +43,7 @@ __all__ = [
     "new_fake",
     "ops_with_autocast",
     "other_kernels",
+    "reading_values",
     "real_execution",
     "run_fake",
     "storage_key",
@@ -99,6 +100,16 @@ def real_execution() -> Iterator[None]:
     Goes when torch offers a public way to leave all modes (``_disable_current_modes`` is private).
     """
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+@contextmanager
+def reading_values() -> Iterator[None]:
+    """:func:`real_execution` inside of a function mode, which must not see what is read.
+
+    Goes with the public way to leave all modes (``DisableTorchFunction`` is private, too).
+    """
+    with real_execution(), torch._C.DisableTorchFunction():
         yield
 
 

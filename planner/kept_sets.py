@@ -1,13 +1,12 @@
 """Which tensors a selective region may keep: the sets that are worth offering to the solver.
 
 All subsets are too many. Tensors that one op makes stand or fall together, and small neighbours in
-regions of very many; sets are then grown and
-shrunk by the recompute seconds that a byte is worth, and all subsets of the most valuable tensors
-are tried. Of what comes out, the choices that no other beats in stored bytes, bytes in the backward
-and seconds at once are thinned to a number that the integer program takes easily: those that are
-best at some price of memory, then the lower convex hulls of seconds over stored bytes under several
-ceilings on the bytes in the backward, for budgets in which the working set is what is tight.
-Depends on the effects of the action ``selective``.
+regions of very many; sets are then grown and shrunk by the recompute seconds that a byte is worth,
+and all subsets of the most valuable tensors are tried. Of what comes out, the choices that no other
+beats in stored bytes, bytes in the backward and seconds at once are thinned to a number that the
+integer program takes easily: those that are best at some price of memory, then the lower convex
+hulls of seconds over stored bytes under several ceilings on the bytes in the backward, for budgets
+in which the working set is what is tight. Depends on the effects of the action ``selective``.
 """
 
 from collections import Counter

@@ -27,6 +27,7 @@ from memfit.planner.caching import is_cache
 from memfit.planner.op_facts import signature, unreadable, work_dtype, written_tensors
 from memfit.planner.shadows import Shadows, tensors_in
 from memfit.planner.step_graph import (
+    NUMBER_BYTES,
     SAMPLE_ELEMENTS,
     Call,
     Kind,
@@ -41,8 +42,6 @@ _aten = torch.ops.aten
 _SAVE_NUMBERS = frozenset(
     {_aten.mul.Tensor, _aten.div.Tensor, _aten.mul_.Tensor, _aten.div_.Tensor}
 )
-# Size of the float64 or int64 tensor that wraps a Python number.
-_NUMBER_BYTES = 8
 _PLAIN = (
     int,
     float,
@@ -125,7 +124,11 @@ class Value:
     storage: int
     node: fx.Node
     layout: tuple[Any, ...]
+
+
+def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Shape, strides, offset and dtype."""
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def stands_in() -> None:
@@ -282,8 +285,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def value(self, tensor: torch.Tensor) -> "Value":
         """Where in the records a tensor is found."""
-        layout = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-        return Value(self.storage_of(tensor), self.node_of(tensor), layout)
+        return Value(self.storage_of(tensor), self.node_of(tensor), layout_of(tensor))
 
     def stand_in(self, make: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
         """One op in place of many, which are known from an equal layer.
@@ -392,7 +394,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         factors = [a for a in args if type(a) in (int, float)]
         if factors and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             self._numbers.append(len(self._storages))
-            self._storages.append(_OpenStorage(_NUMBER_BYTES, Kind.NUMBER, index))
+            self._storages.append(_OpenStorage(NUMBER_BYTES, Kind.NUMBER, index))
 
     def _bind(self, tensor: torch.Tensor, born: int) -> int:
         index = self._live.get(storage_key(tensor))

@@ -7,7 +7,6 @@ given is the same. What cannot be told from outside is watched: attributes in wh
 shows, and refuses; the step is then recorded in full. Depends on the recorder.
 """
 
-import operator
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from memfit.planner._compat import collects_outputs
-from memfit.planner.recorder import Instant, Recorder, Value
+from memfit.planner.recorder import Instant, Recorder, Value, layout_of
 from memfit.planner.shadows import tensors_in
 
 _FEWEST = 3
@@ -77,8 +76,8 @@ class Repeats:
         self._index_reads = 0
         self._called: set[int] = set()
 
-    def watch(self, model: nn.Module) -> bool:
-        """Takes over the forward of every repeated layer; whether there is any."""
+    def watch(self, model: nn.Module) -> None:
+        """Takes over the forward of every repeated layer."""
         found = list(_repeated_layers(model))
         owners: dict[int, int] = {}
         for module in model.modules():
@@ -92,7 +91,6 @@ class Repeats:
                 if all(owners[id(t)] == 1 for t in tensors):
                     key = self._structure(layer)
                     layer.forward = partial(self._forward, name, layer, tensors, key, layer.forward)
-        return bool(found)
 
     def _note_index(self) -> None:
         self._index_reads += 1
@@ -111,13 +109,12 @@ class Repeats:
 
     def finish(self) -> None:
         """At the end of the step: where the layers' tensors and their gradients are."""
-        for pattern, layer in self.pairs:
+        patterns = {id(pattern): pattern for pattern, _ in self.pairs}.values()
+        for pattern, layer in (*((own, own) for own in patterns), *self.pairs):
             used = [hasattr(t, "_memfit_node") for t in pattern.tensors]
-            for one in (pattern, layer):
-                values = [self._recorder.value(t) for t in compress(one.tensors, used)]
-                grads = [t.grad for t in one.tensors]
-                one.residents = tuple(values)
-                one.gradients = tuple(g if g is None else self._recorder.value(g) for g in grads)
+            grads = [t.grad for t in layer.tensors]
+            layer.residents = tuple(map(self._recorder.value, compress(layer.tensors, used)))
+            layer.gradients = tuple(g if g is None else self._recorder.value(g) for g in grads)
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -252,7 +249,7 @@ class _Arguments:
     def describe(self, value: Any) -> Hashable:
         """Equal for equal arguments: a tensor without a gradient has to be the same one."""
         if isinstance(value, torch.Tensor):
-            layout = (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype)
+            layout = layout_of(value)
             if not value.requires_grad:
                 return "same", self.recorder.storage_of(value), layout
             if not any(value is t for t in self.given):
@@ -376,7 +373,7 @@ def _hide_indices(layers: Sequence[nn.Module], read: Callable[[], None]) -> None
             values = [vars(m).get(name) for m in modules]
             if _INDEX_NAME.search(name) and all(type(v) is int for v in values) and _counts(values):
                 for module, value in zip(modules, values, strict=True):
-                    vars(module)[name] = _Index(operator.index(value), read)
+                    vars(module)[name] = _Index(value, read)
 
 
 _INDEX_NAME = re.compile(r"idx|index|(layer|block|_)(id|num|number|no)$")

@@ -17,6 +17,7 @@ from memfit.planner._compat import (
     DATA_DEPENDENT_ERRORS,
     FakeTensor,
     FakeTensorMode,
+    reading_values,
     real_execution,
     run_fake,
     storage_key,
@@ -199,7 +200,7 @@ class ReadsOfValues(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in _READS and isinstance(args[0], FakeTensor):
-            with real_execution(), torch._C.DisableTorchFunction():
+            with reading_values():
                 return func(self._real(func, args[0]), *args[1:], **(kwargs or {}))
         if func in (torch.tensor, torch.as_tensor) and args:
             args = (self._plain(args[0]), *args[1:])
@@ -219,7 +220,7 @@ class ReadsOfValues(TorchFunctionMode):
         if type(value) in (tuple, list):
             return type(value)(self._plain(v) for v in value)
         if isinstance(value, FakeTensor) and not value.dim():
-            with real_execution(), torch._C.DisableTorchFunction():
+            with reading_values():
                 return self._real(torch.Tensor.item, value).item()
         return value
 

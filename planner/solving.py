@@ -145,7 +145,8 @@ class Task:
         """The choice of lowest peak. How long it takes is only looked at if it fits."""
         problem = self.lean_problem()
         outcome = self.simulate(minimise_peak(problem, self.limits, any_seconds=True))
-        if outcome.timeline.peak_bytes > self.problem.budget_bytes:
+        fits = outcome.timeline.peak_bytes <= self.problem.budget_bytes
+        if not fits or not problem.segments:  # without segments it is the fastest already
             return outcome
         return self.simulate(minimise_peak(problem, self.limits))
 

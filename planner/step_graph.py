@@ -14,6 +14,8 @@ from torch import fx
 
 # Elements of a dropped tensor that are kept, to see whether recomputation repeats it.
 SAMPLE_ELEMENTS = 16
+# Size of the float64 or int64 tensor that wraps a Python number.
+NUMBER_BYTES = 8
 
 
 class Phase(Enum):

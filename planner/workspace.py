@@ -20,7 +20,7 @@ from torch import fx
 
 from memfit.planner.errors import MemfitError
 from memfit.planner.measuring import made_up
-from memfit.planner.step_graph import Kind, StepGraph
+from memfit.planner.step_graph import NUMBER_BYTES, Kind, StepGraph
 
 _MATMULS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
 _PACKING = (
@@ -33,7 +33,6 @@ _WITH_NUMBERS = frozenset(
     f"aten.{name}"
     for name in ("mul.Tensor", "div.Tensor", "add.Tensor", "sub.Tensor", "rsub.Scalar")
 )
-_NUMBER_BYTES = 8
 _TRANSPOSED_BLOCK = 60
 # Elements from which kernels use several threads (``at::internal::GRAIN_SIZE``).
 _GRAIN = 32768
@@ -80,7 +79,7 @@ def with_cpu_workspace(step: StepGraph) -> StepGraph:
             op,
             workspace_bytes=_MEASURED[keys[i]]
             if i in keys
-            else max(0, _by_rule(nodes[i]) - (_NUMBER_BYTES if i in saved else 0)),
+            else max(0, _by_rule(nodes[i]) - (NUMBER_BYTES if i in saved else 0)),
         )
         for i, op in enumerate(step.ops)
     )
@@ -194,7 +193,7 @@ def _of_number(node: fx.Node) -> int:
         return 0
     worked_in = node.meta["dtype"]
     own = torch.float64 if isinstance(number, float) else torch.int64
-    return _NUMBER_BYTES + (worked_in.itemsize if worked_in is not own else 0)
+    return NUMBER_BYTES + (worked_in.itemsize if worked_in is not own else 0)
 
 
 def _of_masked_select(node: fx.Node) -> int:
