@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, lru_cache
+from types import CodeType
 from typing import Any, cast
 from unittest import mock
 
@@ -26,6 +27,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 __all__ = [
     "DATA_DEPENDENT_ERRORS",
+    "IN_PLACE_IN_BACKWARD",
+    "CacheTooSmall",
     "FakeOps",
     "FakeTensor",
     "FakeTensorMode",
@@ -158,52 +161,80 @@ def modules_stay_where_they_are() -> Iterator[None]:
         yield
 
 
+class CacheTooSmall(RuntimeError):
+    """A step calls a cached function with more arguments than its cache holds."""
+
+
 @contextmanager
-def function_caches_apart(model: nn.Module, adopt: Callable[[Any], Any]) -> Iterator[None]:
+def function_caches_apart(
+    model: nn.Module, adopt: Callable[[Any], Any], too_small: set[Callable[..., Any]]
+) -> Iterator[None]:
     """Runs the cached functions of transformers as if their caches, left alone, were warm.
 
     ``compile_compatible_method_lru_cache`` steps aside only while dynamo compiles; a cached fake
     tensor would turn up in the real model. But a step after the first finds its tensors in the
     cache, where they are part of no region. So they are made for real, once, and ``adopt`` turns
-    them into fakes. Goes when the cache can be looked into.
+    them into fakes. A cache that is too small for a step (SAM 2) misses in every one, and holds the
+    last results: its function is added to ``too_small`` and :class:`CacheTooSmall` raised; of those
+    that are in it, calls are part of the step. Goes when the cache can be looked into.
     """
     imported = sys.modules.get("transformers.pytorch_utils")
     if imported is None:
         yield
         return
     with ExitStack() as stack:
-        for cell in _cached_functions(model, imported):
-            stack.callback(setattr, cell, "cell_contents", cell.cell_contents)
-            cell.cell_contents = _warm(cell.cell_contents, adopt)
+        for cell, size in _cached_functions(model, imported):
+            function = cell.cell_contents
+            stack.callback(setattr, cell, "cell_contents", function)
+            own = lru_cache(size)(function)
+            warm = function not in too_small
+            cell.cell_contents = _warm(function, own, adopt, too_small) if warm else own
         stack.enter_context(mock.patch.object(imported, "is_torchdynamo_compiling", lambda: True))
         yield
 
 
-def _cached_functions(model: nn.Module, imported: Any) -> list[Any]:
-    """The cells that hold the functions behind the caches, in the modules that define ``model``."""
-    code = imported.compile_compatible_method_lru_cache()(abs).__code__
+def _cached_functions(model: nn.Module, imported: Any) -> list[tuple[Any, int | None]]:
+    """The cells that hold the functions behind the caches, in the modules that define ``model``.
+
+    With each, how many results its cache holds.
+    """
+    code: CodeType = imported.compile_compatible_method_lru_cache()(abs).__code__
     names = {kind.__module__ for m in model.modules() for kind in type(m).__mro__}
     found = []
     for name in sorted(names & sys.modules.keys()):
         values = list(vars(sys.modules[name]).values())
         values += [v for kind in values if isinstance(kind, type) for v in vars(kind).values()]
-        functions = {id(f): f for f in (getattr(v, "__func__", v) for v in values)}.values()
-        cached = [f for f in functions if getattr(f, "__code__", None) is code]
-        found += [f.__closure__[code.co_freevars.index("func")] for f in cached]
+        unwrapped: list[Any] = [getattr(v, "__func__", v) for v in values]
+        functions = {id(f): f for f in unwrapped}.values()
+        for function in functions:
+            if getattr(function, "__code__", None) is code:
+                cells = dict(zip(code.co_freevars, function.__closure__, strict=True))
+                cached = cells["func_with_cache"].cell_contents
+                found.append((cells["func"], cached.cache_parameters()["maxsize"]))
     return found
 
 
-def _warm(function: Callable[..., Any], adopt: Callable[[Any], Any]) -> Callable[..., Any]:
+def _warm(
+    function: Callable[..., Any],
+    own: Callable[..., Any],
+    adopt: Callable[[Any], Any],
+    too_small: set[Callable[..., Any]],
+) -> Callable[..., Any]:
+    """``function``, its results made beforehand; ``own`` is the same with a cache of its own."""
     known: dict[object, Any] = {}
+    size = own.cache_parameters()["maxsize"]  # type: ignore[attr-defined]
 
     def warm(*args: Any, **kwargs: Any) -> Any:
         # Tensors and modules are fakes here, and the cache knows them by identity.
         if any(isinstance(a, (torch.Tensor, nn.Module)) for a in (*args, *kwargs.values())):
-            return function(*args, **kwargs)
+            return own(*args, **kwargs)
         key = args, tuple(kwargs.items())
         if key not in known:
             with real_execution():
                 known[key] = adopt(function(*args, **kwargs))
+            if size is not None and len(known) > size:
+                too_small.add(function)
+                raise CacheTooSmall(f"{function.__qualname__} is called with {len(known)} keys")
         return known[key]
 
     return warm
@@ -307,7 +338,8 @@ def run_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     it takes what the kernels take. FakeTensorMode needs 0.3 ms for each tensor of a ``_foreach``
     op, seconds for an optimizer step, though those in place return nothing and the others tensors
     like the given ones; goes when it is as fast. The meta kernels of some norms take strides from
-    the wrong tensor; goes when they follow the kernels.
+    the wrong tensor, that of ``view`` gives dimensions of one element other strides, by which later
+    kernels tell memory formats; goes when they follow the kernels.
     """
     packet = func.overloadpacket
     if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
@@ -319,9 +351,25 @@ def run_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if packet in _FOREACH_LIKE_GIVEN and all(t.is_floating_point() for t in args[0]):
             return [torch.empty_like(t) for t in args[0]]
     out = func(*args, **kwargs)
+    if func is torch.ops.aten.view.default and 1 in out.shape and not args[0].is_contiguous():
+        with real_execution():
+            like = torch.empty_strided(args[0].shape, args[0].stride(), device="meta")
+            stride = like.view(out.shape).stride()
+        return out if out.stride() == stride else out.as_strided(out.shape, stride)
     if packet in _NORMS and isinstance(out[0], torch.Tensor):
         return (_laid_out_as_by_kernels(packet, out[0], args[_NORMS[packet]]), *out[1:])
     return out
+
+
+# Formulas of autograd write into the zeros that they have just made, but not where a dispatch mode
+# is on (``areAnyTensorSubclassLike``); goes when there is another way to watch a backward.
+IN_PLACE_IN_BACKWARD = {
+    torch.ops.aten.index_add.default: torch.ops.aten.index_add_.default,
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+    torch.ops.aten.put.default: torch.ops.aten.put_.default,
+    torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+}
 
 
 def _laid_out_as_by_kernels(packet: Any, made: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

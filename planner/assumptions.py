@@ -1,8 +1,9 @@
 """What a fake run assumes of values that depend on activations, where a model reads them.
 
 Choices (the experts of a token, the largest score) are taken in turn, which spreads them evenly;
-draws that decide whether a layer is dropped keep it; checks over a whole tensor (``all``, ``any``)
-come out as they do in a run where nothing is wrong. Nothing else is assumed. Depends on torch.
+draws that decide whether a layer is dropped keep it; checks over a whole tensor (``all``, ``any``,
+``isnan``) come out as they do in a run where nothing is wrong; no two tensors are equal. Nothing
+else is assumed. Depends on torch.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def assumed_results(
     packet = func.overloadpacket
     if packet in _DRAWS and results[0].numel() <= _MOST_DRAWS:
         return [(r, torch.full(tuple(r.shape), 0.5, dtype=r.dtype)) for r in results]
+    if packet is _aten.isnan:
+        return [(results[0], torch.zeros(results[0].shape, dtype=torch.bool))]
     if func not in _CHOICES:
         return []
     index = results[_CHOICES[func]]
@@ -60,6 +63,8 @@ def _choices(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 def assumed_decision(func: Any, args: Sequence[Any]) -> bool | None:
     """The usual value of a truth that is read; None where there is no usual one."""
+    if func is _aten.equal.default:
+        return False
     if func is not _aten._local_scalar_dense.default or args[0].dtype is not torch.bool:
         return None
     node, negated = getattr(args[0], "_memfit_node", None), False

@@ -9,7 +9,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from memfit.planner._compat import (
+    CacheTooSmall,
     FakeTensorMode,
     autocast_off,
     fake_tensors_look_real,
@@ -83,6 +84,8 @@ class _Step:
     autocast: torch.dtype | None
     modes: Callable[[], Sequence[Any]]
     repeats: bool
+    small_caches: set[Callable[..., Any]] = field(default_factory=set)
+    """Functions whose caches hold less than a step asks for, as far as is known."""
 
     def record(self) -> StepGraph:
         model = self.model
@@ -97,7 +100,7 @@ class _Step:
                 autocast_off(),
                 fake_tensors_look_real(),
                 modules_stay_where_they_are(),
-                function_caches_apart(model, recorder.shadows.adopt),
+                function_caches_apart(model, recorder.shadows.adopt, self.small_caches),
             ):
                 twin = _fake_twin(model, mode, recorder)
                 arguments = _fake_batch(self.batch, mode, recorder)
@@ -107,6 +110,8 @@ class _Step:
                     repeats.watch(twin)
                 forward = partial(_forward, twin, arguments, self.autocast)
                 note = self._run(twin, forward, mode, recorder, repeats)
+        except CacheTooSmall:  # noted in ``small_caches``
+            return self.record()
         except UnknownValue as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be captured: {error.module or 'the model'} reads a "
@@ -271,7 +276,7 @@ def _forward(twin: nn.Module, batch: BatchArguments, autocast: torch.dtype | Non
     try:
         with forward_autocast(kind, autocast):
             return twin(**batch) if isinstance(batch, Mapping) else twin(*batch)
-    except UnknownValue:
+    except (UnknownValue, CacheTooSmall):
         raise
     except Exception as error:
         named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)

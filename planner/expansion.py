@@ -33,6 +33,8 @@ def expand(
     distinct = {id(pattern): pattern for pattern, _ in pairs}
     patterns = {key: _Pattern.of(step, pattern) for key, pattern in distinct.items()}
     repeats = [_Repeat.of(patterns[id(pattern)], layer) for pattern, layer in pairs]
+    for repeat in repeats:
+        repeat.check(step)
     return _Expansion(step, repeats, forward_end).result()
 
 
@@ -116,6 +118,17 @@ class _Repeat:
             tuple((a.node, b.node) for a, b in made),
             {a.node: b.node for a, b in (*residents, *given)},
         )
+
+    def check(self, step: StepGraph) -> None:
+        """The engine adds another gradient of the argument before the layer's own are all there."""
+        following, returned = self.backward_mark + 1, self.layer.returned
+        assert returned
+        if following == len(step.ops) or returned.storage not in step.ops[following].inputs:
+            return
+        others = set(step.ops[following].inputs) - {returned.storage}
+        is_sum = step.ops[following].name == "aten.add.Tensor"
+        if is_sum and any(0 <= step.storages[s].born < self.backward_mark for s in others):
+            raise NotRepeatable(f"what {self.layer.module} is given is also used elsewhere")
 
     @property
     def forward_mark(self) -> int:
@@ -213,7 +226,10 @@ class _Expansion:
         return replace(storage, born=born, released=self._released(old))
 
     def _released(self, old: int) -> int:
-        """A stand-in releases what it was given at its end, the layer perhaps within."""
+        """A stand-in releases what it was given at its end, the layer perhaps within.
+
+        A gradient that becomes a sum, and so is gone when that begins, stays beside it as a view.
+        """
         clock = self._step.storages[old].released
         mark = self._marks.get(clock - 1)
         if mark is not None:
@@ -221,7 +237,11 @@ class _Expansion:
             for given, own in repeat.given.items():
                 released = self._step.storages[given].released
                 if own == old and ops.start < released <= ops.stop:
-                    return self._shift(repeat, released)
+                    incoming = repeat.layer.incoming
+                    assert incoming
+                    summed = given in self._step.ops[released].inputs
+                    late = summed and incoming.is_view and incoming.storage == own
+                    return self._shift(repeat, released + late)
         return self._clock[clock]
 
     def _storage(self, repeat: _Repeat, number: int) -> int:
@@ -384,7 +404,8 @@ class _Expansion:
         known: dict[int, dict[fx.Node, fx.Node]] = defaultdict(dict)
         for mark, (repeat, ops) in sorted(self._marks.items(), key=lambda item: item[0]):
             here = known[repeat.forward_mark]
-            here |= {a: replaced.get(b, b) for a, b in repeat.outside.items()}
+            outside = repeat.outside.items()
+            here |= {replaced.get(a, a): replaced.get(b, b) for a, b in outside}
             with self._step.graph.inserting_before(nodes[mark][0]):
                 for node in chain.from_iterable(nodes[op] for op in ops):
                     here[node] = self._copied(node, here, repeat)

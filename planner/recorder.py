@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from memfit.planner._compat import (
+    IN_PLACE_IN_BACKWARD,
     FakeTensorMode,
     TorchDispatchMode,
     flops_of,
@@ -124,6 +125,8 @@ class Value:
     storage: int
     node: fx.Node
     layout: tuple[Any, ...]
+    is_view: bool
+    """Of what the op made that allocated the storage."""
 
 
 def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -285,7 +288,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def value(self, tensor: torch.Tensor) -> "Value":
         """Where in the records a tensor is found."""
-        return Value(self.storage_of(tensor), self.node_of(tensor), layout_of(tensor))
+        storage, node = self.storage_of(tensor), self.node_of(tensor)
+        is_view = node.meta.get("op") != self._storages[storage].born
+        return Value(storage, node, layout_of(tensor), is_view)
 
     def stand_in(self, make: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
         """One op in place of many, which are known from an equal layer.
@@ -306,19 +311,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = self.current_call()
         self._ops.append(
             Op(
-                "stand-in",
-                self.phase,
-                call,
-                "stand-in",
-                (),
-                (),
-                (),
-                False,
-                "",
-                flops=0,
-                moved_bytes=0,
+                "stand-in", self.phase, call, "stand-in", (), (), (),
+                random=False, dtype="", flops=0, moved_bytes=0,
             )
-        )
+        )  # fmt: skip
         return made
 
     # -- ops -------------------------------------------------------------------------------------
@@ -331,9 +327,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func is _aten.detach.default:
             return self._detach(func, args)
+        if func in IN_PLACE_IN_BACKWARD and self._just_made_by_backward(args[0]):
+            func = IN_PLACE_IN_BACKWARD[func]
         out = self.shadows.run(func, args, kwargs)
         self._record(func, args, kwargs, out)
         return out
+
+    def _just_made_by_backward(self, tensor: torch.Tensor) -> bool:
+        born = self._storages[self.storage_of(tensor)].born
+        return self.phase is Phase.BACKWARD and born == len(self._ops) - 1
 
     def _detach(self, func: Any, args: tuple[Any, ...]) -> Any:
         out = func(*args)
@@ -383,11 +385,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if self._in_use:
             return
-        storage = self.storage_of(waiting)
+        value = self.value(waiting)
         size = waiting.numel() * waiting.element_size()
-        made = self.node_of(waiting).meta.get("op") == self._storages[storage].born
-        if made and self._storages[storage].size_bytes == size:
-            self._summands.append((storage, index))
+        if not value.is_view and self._storages[value.storage].size_bytes == size:
+            self._summands.append((value.storage, index))
 
     def _hold_numbers(self, args: tuple[Any, ...], index: int) -> None:
         """A Python number as a factor: autograd saves it as a tensor that no hook sees."""

@@ -230,8 +230,11 @@ def _result_of(result: Any, made: torch.Tensor) -> Callable[[torch.Tensor], Any]
         return None
     if any(item is not made and not isinstance(item, _PLAIN) for item in result):
         return None
-    kind, items = type(result), tuple(result)
-    return lambda tensor: kind(tensor if item is made else item for item in items)
+    kind, places = type(result), [item is made for item in result]
+    rest = [None if item is made else item for item in result]  # the tensor itself has to die
+    return lambda tensor: kind(
+        tensor if is_it else item for is_it, item in zip(places, rest, strict=True)
+    )
 
 
 @dataclass(slots=True)

@@ -110,6 +110,8 @@ class Shadows:
 
     def _shape_is_known(self, func: Any, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the shapes of the results do not depend on activations but by masks."""
+        if func in _SHAPED_BY_MASKS:
+            return True
         if func not in _SHAPED_BY_WHOLE_NUMBERS:
             return False
         if func is torch.ops.aten.nonzero.default:
@@ -202,8 +204,12 @@ class ReadsOfValues(TorchFunctionMode):
         if func in _READS and isinstance(args[0], FakeTensor):
             with reading_values():
                 return func(self._real(func, args[0]), *args[1:], **(kwargs or {}))
+        if func is torch.Tensor.__format__ and not args[0].dim():  # as of the number that it holds
+            return format(args[0].item(), *args[1:])
         if func in (torch.tensor, torch.as_tensor) and args:
             args = (self._plain(args[0]), *args[1:])
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = (args[0], self._plain(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
 
     def _real(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -227,11 +233,10 @@ class ReadsOfValues(TorchFunctionMode):
 
 _FOR_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
 _READS = (torch.Tensor.tolist, *_FOR_NUMPY)
+_SHAPED_BY_MASKS = (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default)
 _SHAPED_BY_WHOLE_NUMBERS = frozenset(
     {
-        torch.ops.aten.index.Tensor,
         torch.ops.aten.nonzero.default,
-        torch.ops.aten.masked_select.default,
         torch.ops.aten._ctc_loss.default,
         torch.ops.aten._ctc_loss.Tensor,
     }

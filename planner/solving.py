@@ -63,9 +63,11 @@ class Task:
     options: tuple[tuple[RegionOption, ...], ...]
     problem: Problem
     limits: Limits
+    budget_bytes: int
+    """The budget that was asked for."""
     segments: tuple[SegmentOption, ...] = ()
     margin_bytes: int = 0
-    """What the problem's budget leaves free of the one that was asked for."""
+    """What the problem's budget leaves free of ``budget_bytes``."""
 
     @staticmethod
     def of(
@@ -80,21 +82,16 @@ class Task:
         problem = build_problem(
             step, regions, options, budget_bytes, target.device.allocation_bytes
         )
-        task = Task(step, target, regions, options, problem, limits)
+        task = Task(step, target, regions, options, problem, limits, budget_bytes)
         return task._with_margin() if step.margin else task
 
     def _with_margin(self) -> "Task":
         """The task with a budget that leaves the step's margin free."""
         none = self.simulate(SOLVERS["none"](self.problem, self.limits))
         adds_bytes = none.timeline.peak_bytes - self.resident_bytes
-        margin = min(int(self.step.margin * adds_bytes), self.problem.budget_bytes - 1)
-        within = replace(self.problem, budget_bytes=self.problem.budget_bytes - margin)
+        margin = int(self.step.margin * adds_bytes)
+        within = replace(self.problem, budget_bytes=max(1, self.budget_bytes - margin))
         return replace(self, problem=within, margin_bytes=margin)
-
-    @property
-    def budget_bytes(self) -> int:
-        """The budget that was asked for."""
-        return self.problem.budget_bytes + self.margin_bytes
 
     def with_segments(self) -> "Task":
         """The task that may choose segments, beside those options that do not depend on costs."""
@@ -148,7 +145,9 @@ class Task:
         fits = outcome.timeline.peak_bytes <= self.problem.budget_bytes
         if not fits or not problem.segments:  # without segments it is the fastest already
             return outcome
-        return self.simulate(minimise_peak(problem, self.limits))
+        faster = self.simulate(minimise_peak(problem, self.limits))
+        # The rows are the same in both, the simulated peaks may not be.
+        return faster if faster.timeline.peak_bytes <= self.problem.budget_bytes else outcome
 
     def _solve(self, solver: str) -> Outcome | None:
         if solver in BASELINES:

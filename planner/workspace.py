@@ -2,16 +2,16 @@
 
 A step on fake tensors cannot see it. Where a rule is known it is a formula. On a CPU matrix
 products in half precision and convolutions pack their operands as the library and the processor
-like it, so these are run once, on random tensors, in a process of their own that reads the
-allocator's events. Results are remembered by op, shapes and strides. Depends on the step's records
-and torch.
+like it, and some kernels are made of others: these are run once, on made-up tensors, in a process
+of their own that reads the allocator's events. Results are remembered by op, shapes and strides.
+Depends on the step's records and torch.
 """
 
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,45 @@ from torch import fx
 
 from memfit.planner.errors import MemfitError
 from memfit.planner.measuring import made_up
-from memfit.planner.step_graph import NUMBER_BYTES, Kind, StepGraph
+from memfit.planner.step_graph import NUMBER_BYTES, Kind, StepGraph, Storage
 
 _MATMULS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
-_PACKING = (
+# Always measured, and only where what goes in is not contiguous.
+_MEASURED_OPS = (
     "aten.convolution",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten.native_batch_norm",
+    "aten.native_group_norm",
+    "aten.mkldnn_rnn_layer.",
+    "aten.repeat.",
+    "aten.upsample_",
+    "aten.logsumexp.",
+    "aten.binary_cross_entropy",
+    "aten.mse_loss.",
+    "aten.smooth_l1_loss.",
+    "aten.soft_margin_loss.",
+    "aten.grid_sampler",
+    "aten._cdist",
+    "aten._fft",
+)
+_MEASURED_IF_STRIDED = (
+    "aten.gelu",
+    "aten.avg_pool",
+    "aten._adaptive_avg_pool",
+    "aten.max_pool",
+    "aten.reflection_pad",
+    "aten.replication_pad",
+    "aten.im2col",
+    "aten.bucketize",
+)
+# Make contiguous copies of what is not.
+_COPYING = (
+    "aten._softmax",
+    "aten._log_softmax",
+    "aten.native_layer_norm.",
+    "aten.nll_loss_forward.",
+    "aten.nll_loss2d_forward.",
+    "aten.embedding_dense_backward.",
 )
 _HALF = (torch.bfloat16, torch.float16)
 _WITH_NUMBERS = frozenset(
@@ -36,8 +68,6 @@ _WITH_NUMBERS = frozenset(
 _TRANSPOSED_BLOCK = 60
 # Elements from which kernels use several threads (``at::internal::GRAIN_SIZE``).
 _GRAIN = 32768
-# Bytes by op, shapes, strides and threads, for as long as the process lives.
-_MEASURED: dict[object, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +86,18 @@ class Request:
     op: str
     args: Any
     kwargs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """What an op allocates."""
+
+    results_bytes: int
+    workspace_bytes: int
+
+
+# By op, shapes, strides and threads, for as long as the process lives.
+_MEASURED: dict[object, Allocated] = {}
 
 
 class WorkspaceError(MemfitError, RuntimeError):
@@ -77,13 +119,30 @@ def with_cpu_workspace(step: StepGraph) -> StepGraph:
     ops = tuple(
         replace(
             op,
-            workspace_bytes=_MEASURED[keys[i]]
+            workspace_bytes=_MEASURED[keys[i]].workspace_bytes
             if i in keys
             else max(0, _by_rule(nodes[i]) - (NUMBER_BYTES if i in saved else 0)),
         )
         for i, op in enumerate(step.ops)
     )
-    return replace(step, ops=ops)
+    made = {i: _MEASURED[key].results_bytes for i, key in keys.items()}
+    return replace(step, ops=ops, storages=_with_true_results(step, made))
+
+
+def _with_true_results(step: StepGraph, made_bytes: Mapping[int, int]) -> tuple[Storage, ...]:
+    """Storages of ``step``, those of ops that keep more than their results show with all of it.
+
+    Fake results do not have oneDNN's memory for the backward of a recurrent layer, nor what
+    reductions of a loss leave in the storage of their scalar. ``made_bytes`` is by op.
+    """
+    storages = list(step.storages)
+    for op, size in made_bytes.items():
+        made = [i for i in step.ops[op].outputs if storages[i].born == op]
+        unseen = size - sum(storages[i].size_bytes for i in set(made))
+        if made and unseen > 0:
+            last = storages[made[-1]]
+            storages[made[-1]] = replace(last, size_bytes=last.size_bytes + unseen)
+    return tuple(storages)
 
 
 def with_cuda_workspace(step: StepGraph) -> StepGraph:
@@ -135,9 +194,14 @@ def _heads_last(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _is_measured(node: fx.Node) -> bool:
     name = str(node.target)
-    if name.startswith(_PACKING):
+    if name.startswith(_MEASURED_OPS):
         return True
-    return name.startswith(_MATMULS) and node.meta["dtype"] in _HALF
+    given = [n.meta for n in node.all_input_nodes]
+    if name.startswith(_MEASURED_IF_STRIDED):
+        return not all(map(_is_contiguous, given))
+    return name.startswith(_MATMULS) and (
+        node.meta["dtype"] in _HALF or not all(map(_is_matrix, given))
+    )
 
 
 def _by_rule(node: fx.Node) -> int:
@@ -152,10 +216,8 @@ def _by_rule(node: fx.Node) -> int:
         return _of_masked_select(node)
     if name == "aten.index.Tensor":
         return _of_masked_index(node)
-    if name.startswith("aten.embedding_dense_backward"):
+    if name.startswith(_COPYING):
         return sum(_size(t, t["dtype"]) for t in tensors if not _is_contiguous(t))
-    if name.startswith("aten.upsample_") and "_backward" in name:
-        return 0 if _is_contiguous(tensors[0]) else _size(tensors[0], tensors[0]["dtype"])
     if name in ("aten.copy_.default", "aten.clone.default"):
         return _of_transposing(node.meta, tensors[-1])
     if name in _WITH_NUMBERS and len(tensors) == 1:
@@ -231,6 +293,17 @@ def _is_contiguous(meta: dict[str, Any]) -> bool:
     return True
 
 
+def _is_matrix(meta: dict[str, Any]) -> bool:
+    """Whether a product can read it as it lies: with rows or columns in one piece."""
+    if len(meta["shape"]) < 2:
+        return True
+    rows, columns = meta["shape"][-2:]
+    down, across = meta["stride"][-2:]
+    in_rows = (across == 1 or columns == 1) and (down >= columns or rows == 1)
+    in_columns = (down == 1 or rows == 1) and (across >= rows or columns == 1)
+    return bool(in_rows or in_columns)
+
+
 def _key(node: fx.Node) -> object:
     return str(node.target), repr(_plain(node.args)), repr(_plain(node.kwargs)), _threads()
 
@@ -250,7 +323,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _measure(requests: Sequence[Request]) -> list[int]:
+def _measure(requests: Sequence[Request]) -> list[Allocated]:
     """Runs the requests in a fresh process: a profiler session must not touch the caller's."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
@@ -265,12 +338,12 @@ def _measure(requests: Sequence[Request]) -> list[int]:
             "the process that measures the memory of CPU kernels failed: "
             f"{lines[-1] if lines else f'exit status {done.returncode}'}"
         )
-    sizes: list[int] = pickle.loads(done.stdout)
+    sizes: list[Allocated] = pickle.loads(done.stdout)
     return sizes
 
 
-def _run(request: Request) -> int:
-    """Bytes that an op allocates at most beyond its results, by the allocator's events."""
+def _run(request: Request) -> Allocated:
+    """What an op allocates, by the allocator's events."""
     from torch.profiler import ProfilerActivity, profile
 
     function: Any = torch.ops.aten
@@ -290,7 +363,7 @@ def _run(request: Request) -> int:
         alive += size
         most = max(most, alive)
     del result
-    return most - alive
+    return Allocated(alive, most - alive)
 
 
 def _tensors(value: Any) -> Any:
@@ -308,7 +381,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # the profiler talks on stdout
     threads, requests = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
-    with torch.no_grad(), os.fdopen(answer, "wb") as out:
+    with os.fdopen(answer, "wb") as out:
         out.write(pickle.dumps([_run(request) for request in requests]))
 
 

@@ -44,6 +44,19 @@ def dropped(x: torch.Tensor) -> torch.Tensor:
     return x * 3 if torch.rand([]) < 0.1 else x * 2
 
 
+def sorted_out(x: torch.Tensor) -> torch.Tensor:
+    return x[x.long()[x[:, 0] > 0][:, 0]]  # whole numbers do not shape what they pick
+
+
+def compared(x: torch.Tensor) -> torch.Tensor:
+    return x if torch.equal(x, x.detach() + 1) else x * 2
+
+
+def counted(x: torch.Tensor) -> torch.Tensor:
+    assert x.max().isnan().sum() == 0
+    return x
+
+
 def by_numpy(x: torch.Tensor) -> torch.Tensor:
     return x[: 1 + int(x.detach().numpy().argmax())]
 
@@ -55,6 +68,9 @@ def by_numpy(x: torch.Tensor) -> torch.Tensor:
         (picked, "float32[64]"),  # a mask may select everything
         (checked, "float32[8, 8]"),
         (by_numpy, "float32[1, 8]"),
+        (compared, "float32[8, 8]"),
+        (counted, "float32[8, 8]"),
+        (sorted_out, "float32[8, 8]"),
     ],
 )
 def test_assumptions_are_noted_and_leave_a_margin(then: Forward, shape: str) -> None:
@@ -63,6 +79,22 @@ def test_assumptions_are_noted_and_leave_a_margin(then: Forward, shape: str) -> 
     (note,) = step.notes
     assert note.startswith("the course of the model depends on activations")
     assert step.margin == ASSUMED_MARGIN
+
+
+class Experts(nn.ModuleDict):
+    """Layers that are found by the number that a router chose."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen: torch.Tensor = x[0].argmax()
+        made: torch.Tensor = self[f"layer_{chosen}"](x)
+        return made
+
+
+def test_a_number_in_a_name_is_that_of_the_assumed_choice() -> None:
+    experts = Experts({f"layer_{i}": nn.Linear(8, 4 + i) for i in range(8)})
+    step = capture(Model(experts), (torch.ones(8, 8),))
+    assert any("float32[8, 4]" in op.signature for op in step.ops)
+    assert len(step.notes) == 1
 
 
 def test_a_layer_is_assumed_not_to_be_dropped() -> None:
@@ -100,6 +132,9 @@ def test_the_margin_of_a_plan_is_left_free_and_part_of_the_smallest_budget() -> 
     margin = int(ASSUMED_MARGIN * (free.unplanned_peak_bytes - free.resident_bytes))
     with pytest.raises(InfeasibleBudget) as error:
         plan(model, free.peak_bytes + margin - 1, batch)
+    assert error.value.minimum_bytes == free.peak_bytes + margin
+    with pytest.raises(InfeasibleBudget) as error:
+        plan(model, 1, batch)
     assert error.value.minimum_bytes == free.peak_bytes + margin
     tight = plan(model, free.peak_bytes + margin, batch)
     assert tight.budget_bytes == free.peak_bytes + margin

@@ -181,6 +181,33 @@ def test_gradients_are_summed_in_place_unless_a_view_waits(make: Callable[..., A
     assert 1 in beside[False], "one part of a residual's gradient becomes the sum"
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w: w.gather(1, torch.zeros(8, 2).long()).sum(),
+        lambda w: w[torch.arange(4)].sum(),
+        lambda w: w.topk(2)[0].sum(),
+        lambda w: w.index_select(0, torch.arange(4)).sum(),
+    ],
+    ids=["gather", "index", "topk", "index_select"],
+)
+def test_formulas_of_autograd_write_into_the_zeros_that_they_make(loss: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 16))
+
+        def forward(self) -> torch.Tensor:
+            made: torch.Tensor = loss(self.weight)
+            return made
+
+    step = capture(Model(), ())
+    size = 8 * 16 * 4
+    made = [s for s in step.storages if s.size_bytes == size and not s.kind.resident]
+    assert [s.kind for s in made] == [Kind.GRADIENT]
+    assert any(made[0].born == i - 1 and op.written for i, op in enumerate(step.ops))
+
+
 def test_frozen_parameters_get_no_gradient(make: Callable[..., Any]) -> None:
     model, batch = make("vit")
     model.vit.requires_grad_(False)

@@ -71,7 +71,7 @@ def test_caches_on_functions_of_transformers_get_no_fake_tensors(
     monkeypatch.setattr(sys.modules[__name__], "Model", Model, raising=False)
     unseen = compile_compatible_method_lru_cache()(lambda: len(calls))
     with _compat.FakeTensorMode() as mode:
-        with _compat.function_caches_apart(Model(), mode.from_tensor):
+        with _compat.function_caches_apart(Model(), mode.from_tensor, set()):
             made = [cached(1), cached(1), cached(2)]
             assert all(isinstance(t, _compat.FakeTensor) for t in made)
             assert calls == [1, 2] and made[0] is made[1]
@@ -79,6 +79,49 @@ def test_caches_on_functions_of_transformers_get_no_fake_tensors(
     calls.append(3)
     assert unseen() == 3
     assert type(cached(1)) is torch.Tensor and calls == [1, 2, 3, 1]
+
+
+def test_a_cache_that_is_too_small_is_filled_anew_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.pytorch_utils import compile_compatible_method_lru_cache
+
+    @compile_compatible_method_lru_cache(maxsize=1)  # type: ignore[untyped-decorator]
+    def cached(size: int) -> torch.Tensor:
+        return torch.ones(size)
+
+    class Model(nn.Module):
+        count = staticmethod(cached)
+
+    monkeypatch.setattr(sys.modules[__name__], "Model", Model, raising=False)
+    too_small: set[Callable[..., Any]] = set()
+    with _compat.FakeTensorMode() as mode:
+        with _compat.function_caches_apart(Model(), mode.from_tensor, too_small):
+            cached(1)
+            with pytest.raises(_compat.CacheTooSmall, match="2 keys"):
+                cached(2)
+        with _compat.function_caches_apart(Model(), mode.from_tensor, too_small):
+            first = cached(1)
+            assert cached(1) is first
+            second = weakref.ref(cached(2))
+            assert cached(1) is not first and second() is None
+            held = weakref.ref(cached(3))
+            assert held() is not None
+        assert held() is None
+    assert type(cached(1)) is torch.Tensor
+
+
+def test_views_have_the_strides_of_the_real_ones() -> None:
+    func = torch.ops.aten.view.default
+
+    def view(rows: int) -> tuple[int, ...]:
+        x = torch.zeros(rows, 16, 64).permute(0, 2, 1)
+        out: torch.Tensor = _compat.run_fake(func, (x, [rows, 64, 4, 4]), {})
+        return out.stride()
+
+    real = [view(1), view(2)]
+    with _compat.FakeTensorMode():
+        assert [view(1), view(2)] == real == [(64, 1, 256, 64), (1024, 1, 256, 64)]
 
 
 def test_grouped_products_run_on_fake_tensors_of_any_dtype() -> None:

@@ -95,6 +95,14 @@ def test_casts_that_autocast_caches_live_to_the_end_of_the_forward(
             ),
             4,
         ),
+        # Dense layers first, as in most models with experts.
+        (
+            transformers.Qwen3MoeConfig(
+                num_hidden_layers=6, mlp_only_layers=[0, 1, 2], num_experts=4,
+                num_experts_per_tok=2, moe_intermediate_size=16,
+            ),
+            4,
+        ),
     ],
 )  # fmt: skip
 def test_each_kind_of_layer_is_recorded_once(config: Any, layers: int, stood_in: list[str]) -> None:
@@ -135,8 +143,16 @@ class Stack(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
         for block in self.blocks:
-            x = block(x)
-        return x.square().mean()
+            made = block(x)
+            x = made[0] if isinstance(made, tuple) else made
+        return x.flatten().square().mean()  # the last layer's gradient is a view
+
+
+class ReturnsATuple(Block):
+    """As layers did that could return their attention weights."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), None
 
 
 class ReadsItsNumber(Block):
@@ -174,8 +190,24 @@ class ReturnsAPart(Block):
         return torch.cat([super().forward(x), x])[: len(x)]
 
 
-def test_layers_of_any_module_list_are_repeats(stood_in: list[str]) -> None:
-    model = Stack()
+def test_layers_whose_results_are_used_elsewhere_too_are_recorded_in_full() -> None:
+    class Deep(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            results = [self.first(x)]
+            for block in self.blocks:
+                results.append(block(results[-1]))
+            total: torch.Tensor = sum(x.square().mean() for x in results[1:])  # type: ignore[assignment]
+            return total
+
+    once = capture(Deep(), (torch.ones(3, 8),))
+    assert_same(once, capture(Deep(), (torch.ones(3, 8),), repeats=False))
+
+
+@pytest.mark.parametrize("kind", [Block, ReturnsATuple])
+def test_layers_of_any_module_list_are_repeats(
+    kind: Callable[[int], Block], stood_in: list[str]
+) -> None:
+    model = Stack(kind)
     once = capture(model, (torch.ones(3, 8),))
     assert stood_in == [f"blocks.{i}" for i in range(1, LAYERS)]
     assert_same(once, capture(model, (torch.ones(3, 8),), repeats=False))

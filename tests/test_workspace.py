@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.planner import workspace
 from memfit.planner.capture import capture
@@ -51,6 +53,11 @@ def transposed_table(weight: torch.Tensor) -> torch.Tensor:
     return (rows.permute(2, 0, 1).contiguous() * torch.ones(8, 4, 8)).sum()
 
 
+def transposed_scores(weight: torch.Tensor) -> torch.Tensor:
+    scores = nn.functional.log_softmax(weight, -1).t().contiguous()
+    return (scores * torch.ones(64, 8)).sum()
+
+
 def normalized(weight: torch.Tensor) -> torch.Tensor:
     return nn.functional.layer_norm(torch.ones(4, 8, 64), (64,), weight).sum()
 
@@ -86,6 +93,7 @@ def node_of(step: StepGraph, name: str) -> fx.Node:
         ("aten._safe_softmax", torch.zeros(2, 2, 16, 8), attention),
         ("aten.mul.Tensor", torch.zeros(8, 64, dtype=torch.bfloat16), mixed),
         ("aten.embedding_dense_backward", torch.zeros(16, 8), transposed_table),
+        ("aten._log_softmax_backward_data", torch.zeros(8, 64), transposed_scores),
         ("aten.native_layer_norm_backward", torch.ones(64), normalized),
     ],
 )
@@ -96,7 +104,7 @@ def test_rules_agree_with_the_allocator(name: str, weight: torch.Tensor, loss: L
         str(node.target), workspace._plain(node.args), workspace._plain(node.kwargs)
     )
     (measured,) = workspace._measure([request])
-    assert workspace._by_rule(node) == measured > 0
+    assert workspace._by_rule(node) == measured.workspace_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,56 @@ def test_products_in_half_precision_are_measured_and_those_in_single_are_not() -
         assert len(measured) == 3
         assert all(op.workspace_bytes >= 0 for op in measured)
         assert workspace._is_measured(node_of(step, "aten.mm")) == (dtype is torch.bfloat16)
+
+
+def test_recurrent_layers_hold_what_only_their_kernel_knows() -> None:
+    layer = nn.LSTM(16, 16)
+    batch = {"input": torch.zeros(8, 2, 16)}
+    made = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mkldnn_rnn_layer.default:
+                made.append(out[3].nbytes)
+            return out
+
+    with Mode():
+        layer(**batch)
+    step = with_cpu_workspace(capture(layer, batch))
+    (op,) = (op for op in step.ops if op.name == "aten.mkldnn_rnn_layer.default")
+    sizes = [step.storages[storage].size_bytes for storage in op.outputs]
+    assert sizes == [8 * 2 * 16 * 4, 2 * 16 * 4, 2 * 16 * 4, *made] and made[0] > 0
+
+
+def test_a_loss_may_keep_the_memory_of_its_terms() -> None:
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(weight, torch.ones(8, 64))
+
+    step = with_cpu_workspace(capture(Model(torch.zeros(8, 64), loss), ()))
+    (op,) = (op for op in step.ops if op.name == "aten.mse_loss.default")
+    real = loss(torch.zeros(8, 64)).untyped_storage().nbytes()
+    assert step.storages[op.outputs[0]].size_bytes == real == 8 * 64 * 4
+
+
+def test_products_read_matrices_as_they_lie_or_copy_them() -> None:
+    """What is not a matrix is measured: whatever kernels do, nothing is left out."""
+    strides = {(8, 1): True, (1, 4): True, (64, 1): True, (64, 2): False, (0, 1): False}
+    right = workspace.TensorLike((8, 16), (16, 1), torch.float32)
+    requests = [
+        workspace.Request(
+            "aten.mm.default", (workspace.TensorLike((4, 8), stride, torch.float32), right), {}
+        )
+        for stride in strides
+    ]
+    measured = [allocated.workspace_bytes == 0 for allocated in workspace._measure(requests)]
+    rule = [workspace._is_matrix({"shape": (4, 8), "stride": stride}) for stride in strides]
+    assert measured == rule == list(strides.values())
+    assert workspace._is_matrix({"shape": (4, 1), "stride": (1, 1)})
+    assert workspace._is_matrix({"shape": (2, 4, 8), "stride": (0, 8, 1)})
+    assert workspace._is_matrix({"shape": (8,), "stride": (2,)})
 
 
 def test_a_failing_measurement_says_what_failed() -> None:

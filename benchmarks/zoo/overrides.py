@@ -193,6 +193,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_hidden_state_indices": [1, 2, 3, 3],
     },
     "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 20, "no_token_index": 21},
+    "slanet": {"max_text_length": 8},
+    "slanext": {"max_text_length": 8},
     "step3p5": {"sliding_window": 8},
     "swin2sr": {"image_size": 16},
     "t5gemma2": {"mm_tokens_per_image": 4},
