@@ -33,6 +33,7 @@ class Trainer:
         optimizer: str | None = None,
         device: str = "cpu",
         autocast: str | None = None,
+        accumulate: bool = False,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -40,20 +41,30 @@ class Trainer:
         if optimizer is not None:
             self.optimizer = _OPTIMIZERS[optimizer](model.parameters(), lr=1e-4)
         self.device = device
+        self.accumulate = accumulate
         self.autocast: torch.dtype | None = getattr(torch, autocast) if autocast else None
 
     @classmethod
     def of(cls, workload: Workload) -> "Trainer":
         """Builds the workload."""
         model, batch = make(workload)
-        return cls(model, batch, workload.optimizer, workload.device, workload.autocast)
+        return cls(
+            model,
+            batch,
+            workload.optimizer,
+            workload.device,
+            workload.autocast,
+            workload.accumulate,
+        )
 
     def before(self, seed: int = 0) -> None:
-        """What belongs to no step: the seed, and that there are no gradients."""
+        """What belongs to no step: the seed, and that there are no gradients but one step's."""
         self.model.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
         random.seed(seed)
         numpy.random.seed(seed)
+        if self.accumulate:
+            self.backward()
 
     def backward(self) -> torch.Tensor:
         """Forward and backward. The outputs die before the backward, as in the usual loop."""
@@ -72,8 +83,13 @@ class Trainer:
         return loss
 
     def held_bytes(self) -> int:
-        """Parameters, buffers, optimizer state and batch, counted tensor by tensor."""
+        """Parameters, buffers, optimizer state and batch, counted tensor by tensor.
+
+        With the gradients that a step adds to.
+        """
         tensors = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.batch)]
+        if self.accumulate:
+            tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.optimizer is not None:
             states = self.optimizer.state.values()
             tensors += [v for s in states for v in s.values() if torch.is_tensor(v)]

@@ -57,6 +57,7 @@ class Row:
     dropout: float
     optimizer: str | None
     autocast: str | None
+    accumulate: bool
     share: float
     at_minimum: bool
     """The share asked for cannot be done; the budget is the smallest that can."""
@@ -126,6 +127,7 @@ def measure(request: processes.Request) -> dict[str, Any]:
             dropout=workload.dropout,
             optimizer=workload.optimizer,
             autocast=workload.autocast,
+            accumulate=workload.accumulate,
             share=request["share"],
             at_minimum=at_minimum,
             budget_bytes=made.budget_bytes,
@@ -152,6 +154,7 @@ def plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
             trainer.batch,
             optimizer=trainer.optimizer,
             autocast=trainer.autocast,
+            keep_gradients=trainer.accumulate,
         )
 
     unplanned = plan_into(2**60).predicted
@@ -227,6 +230,7 @@ def main() -> int:
             size=size,
             optimizer=arguments.optimizer,
             autocast=arguments.autocast,
+            accumulate=arguments.accumulate,
         )
         for model in arguments.models
         for attention in arguments.attention
@@ -238,7 +242,8 @@ def main() -> int:
     code = conclude(rows, lost)
     full_table = len(MODELS) * len(ATTENTIONS) * len(BUDGETS) * len(arguments.dropout)
     if not arguments.quick and DROPOUT in arguments.dropout and len(rows) == full_table:
-        name = "-".join(filter(None, ["truth-cpu", arguments.optimizer, arguments.autocast]))
+        what = arguments.optimizer, arguments.autocast, "accumulate" * arguments.accumulate
+        name = "-".join(filter(None, ["truth-cpu", *what]))
         write_results(name, "cpu", [record(r) for r in rows], time.perf_counter() - begin)
     return code
 
@@ -251,6 +256,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="its step is part of the step")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="of the forward")
+    parser.add_argument("--accumulate", action="store_true", help="add to a step's gradients")
     parser.add_argument("--quick", action="store_true", help="tiny models, two budgets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time")
     parser.add_argument(processes.ALONE, help=argparse.SUPPRESS)

@@ -31,6 +31,8 @@ class Workload:
     device: str = "cpu"
     optimizer: str | None = None
     autocast: str | None = None
+    accumulate: bool = False
+    """Whether a step adds to the gradients of one before it."""
 
 
 @dataclass(frozen=True, slots=True)

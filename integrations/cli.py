@@ -150,6 +150,7 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         costs=options.costs,
         selective=options.selective,
         keep_outputs=options.keep_outputs,
+        keep_gradients=options.keep_gradients,
         autocast=options.autocast,
         gap=options.gap,
         time_limit_seconds=options.time_limit,
@@ -301,6 +302,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         "--keep-outputs",
         action="store_true",
         help="plan for a loop that holds the model's outputs during the backward",
+    )
+    group.add_argument(
+        "--keep-gradients",
+        action="store_true",
+        help="plan for a step that adds to the gradients of earlier ones (accumulation)",
     )
     group.add_argument(
         "--autocast",

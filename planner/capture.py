@@ -19,6 +19,7 @@ from torch import nn
 
 from memfit.planner._compat import (
     CacheTooSmall,
+    FakeOps,
     FakeTensorMode,
     autocast_off,
     fake_tensors_look_real,
@@ -50,6 +51,7 @@ def capture(
     *,
     optimizer: OptimizerFactory | None = None,
     keep_outputs: bool = False,
+    keep_gradients: bool = False,
     autocast: torch.dtype | None = None,
     modes: Callable[[], Sequence[Any]] = tuple,
     repeats: bool = True,
@@ -57,16 +59,17 @@ def capture(
     """Records one training step of ``model`` on ``batch`` (a dict or a tuple of arguments).
 
     ``optimizer`` makes the optimizer of the fake parameters; ``keep_outputs`` holds the model's
-    outputs until the end of the step as a caller who keeps them in a variable does; the forward
-    runs under ``torch.autocast`` with the dtype ``autocast``; ``modes`` makes contexts to enter
-    around the step (kernels of another device): of what dispatch modes do, the result is recorded;
-    ``repeats`` records layers that are alike once, which gives the same graph sooner.
+    outputs until the end of the step as a caller who keeps them in a variable does; with
+    ``keep_gradients`` those of earlier steps are there and are added to; the forward runs under
+    ``torch.autocast`` with the dtype ``autocast``; ``modes`` makes contexts to enter around the
+    step (kernels of another device): of what dispatch modes do, the result is recorded; ``repeats``
+    records layers that are alike once, which gives the same graph sooner.
 
     Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
     tensors cannot know.
     """
     _refuse_checkpointing(model)
-    step = partial(_Step, model, batch, optimizer, keep_outputs, autocast, modes)
+    step = partial(_Step, model, batch, optimizer, keep_outputs, keep_gradients, autocast, modes)
     if repeats:
         with suppress(NotRepeatable):
             return step(repeats=True).record()
@@ -81,6 +84,7 @@ class _Step:
     batch: BatchArguments
     optimizer: OptimizerFactory | None
     keep_outputs: bool
+    keep_gradients: bool
     autocast: torch.dtype | None
     modes: Callable[[], Sequence[Any]]
     repeats: bool
@@ -145,6 +149,8 @@ class _Step:
         with ExitStack() as stack:
             stack.enter_context(mode)
             update = self.optimizer.ready(twin, recorder) if self.optimizer else None
+            if self.keep_gradients:
+                _give_gradients(parameters, recorder)
             for context in (*self.modes(), recorder, ReadsOfValues(recorder.shadows)):
                 stack.enter_context(context)
             hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
@@ -157,13 +163,20 @@ class _Step:
             recorder.phase = Phase.BACKWARD
             loss.backward()  # type: ignore[no-untyped-call]
             for parameter in parameters:
-                if parameter.grad is not None:
+                if parameter.grad is not None and not self.keep_gradients:
                     recorder.set_kind(parameter.grad, Kind.GRADIENT)
             repeats.finish()
             if self.optimizer and update:
                 recorder.phase = Phase.OPTIMIZER
                 self.optimizer.run(update)
         return note
+
+
+def _give_gradients(parameters: Sequence[torch.Tensor], recorder: Recorder) -> None:
+    with FakeOps():  # type: ignore[no-untyped-call]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            recorder.add_resident(parameter.grad, Kind.KEPT_GRADIENT)
 
 
 def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn.Module:

@@ -58,6 +58,8 @@ class Workload:
     """Dtype of the autocast under which the forward runs."""
     notes: tuple[str, ...] = ()
     """Assumptions, for people."""
+    keep_gradients: bool = False
+    """Whether gradients of earlier steps are there when the step begins."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,9 @@ class _Repeat:
             raise NotRepeatable(f"no gradient passes through {layer.module}")
         made = list(_matched(pattern.made, (layer.made, layer.returned, *layer.gradients), layer))
         given = list(_matched(pattern.given, (layer.given, layer.incoming), layer))
-        residents = list(zip(pattern.layer.residents, layer.residents, strict=True))
+        ours = (*pattern.layer.residents, *pattern.layer.kept_gradients)
+        theirs = (*layer.residents, *layer.kept_gradients)
+        residents = list(zip(ours, theirs, strict=True))
         return cls(
             pattern,
             layer,

@@ -63,6 +63,7 @@ def plan(
     solver: str = "auto",
     costs: str = "auto",
     keep_outputs: bool = False,
+    keep_gradients: bool = False,
     autocast: str | torch.dtype | None = None,
     selective: bool = True,
     gap: float = 0.0,
@@ -99,6 +100,9 @@ def plan(
     keep_outputs
         Plan for a caller who holds the model's outputs during the backward
         (``out = model(**batch); out.loss.backward()``); by default only the loss is held.
+    keep_gradients
+        Plan for a step that finds gradients of earlier ones and adds to them: the last of several
+        whose gradients are accumulated, or any after ``zero_grad(set_to_none=False)``.
     autocast
         ``"bfloat16"`` or ``"float16"`` when the forward runs under ``torch.autocast`` with that
         dtype. Left out, what is switched on around the call of ``plan``.
@@ -136,6 +140,7 @@ def plan(
         arguments,
         optimizer=factory,
         keep_outputs=keep_outputs,
+        keep_gradients=keep_gradients,
         autocast=cast_to,
         modes=target.modes,
     )
@@ -158,6 +163,7 @@ def plan(
         device=target.device.name,
         costs=costs,
         keep_outputs=keep_outputs,
+        keep_gradients=keep_gradients,
         autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
         notes=tuple(filter(None, notes)),
     )

@@ -170,6 +170,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Says what a tensor that the step allocated turned out to be."""
         self._storages[self.storage_of(tensor)].kind = kind
 
+    def is_resident(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is allocated before the step begins."""
+        return self._storages[self.storage_of(tensor)].kind.resident
+
     def _open_storage(self, tensor: torch.Tensor, kind: Kind, born: int) -> int:
         key, index = storage_key(tensor), len(self._storages)
         storage = tensor.untyped_storage()

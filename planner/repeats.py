@@ -40,6 +40,8 @@ class Layer:
     """Its parameters, buffers and other tensors."""
     call: int
     begin: Instant
+    kept_gradients: tuple[Value, ...]
+    """Gradients of earlier steps, of its tensors."""
     given: Value
     """The tensor that goes in, then the one that comes out, and the gradients of the two."""
     end: Instant | None = None
@@ -114,7 +116,10 @@ class Repeats:
             used = [hasattr(t, "_memfit_node") for t in pattern.tensors]
             grads = [t.grad for t in layer.tensors]
             layer.residents = tuple(map(self._recorder.value, compress(layer.tensors, used)))
-            layer.gradients = tuple(g if g is None else self._recorder.value(g) for g in grads)
+            layer.gradients = tuple(
+                None if g is None or self._recorder.is_resident(g) else self._recorder.value(g)
+                for g in grads
+            )
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -136,7 +141,9 @@ class Repeats:
         given = call.given[0]
         key = structure, inputs, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         recorder = self._recorder
-        layer = Layer(name, tensors, recorder.current_call(), recorder.now(), recorder.value(given))
+        kept = tuple(recorder.value(t.grad) for t in tensors if t.grad is not None)
+        now, here = recorder.now(), recorder.current_call()
+        layer = Layer(name, tensors, here, now, kept, recorder.value(given))
         pattern = self._patterns.get(key)
         if pattern is None:
             return self._record(key, layer, given, partial(forward, *args, **kwargs))
@@ -205,6 +212,10 @@ class _StandIn(torch.autograd.Function):
         layer.backward_begin = recorder.now()
         layer.incoming = recorder.value(gradient)
         trained = [t for t in layer.tensors if t.requires_grad]
+        kept = [t.grad for t in trained if t.grad is not None]
+        if not all(map(recorder.is_resident, kept)):
+            raise NotRepeatable(f"{layer.module} is called twice")
+        trained = [t for t in trained if t.grad is None]
 
         def make() -> list[torch.Tensor]:
             like = gradient if gradient.shape == shape else torch.empty(shape)
@@ -214,8 +225,6 @@ class _StandIn(torch.autograd.Function):
 
         returned, *gradients = recorder.stand_in(make)
         for tensor, own in zip(trained, gradients, strict=True):
-            if tensor.grad is not None:
-                raise NotRepeatable(f"{layer.module} is called twice")
             tensor.grad = own
         layer.backward_end = recorder.now()
         layer.returned = recorder.value(returned)

@@ -36,6 +36,7 @@ class Kind(Enum):
     CONSTANT = "constant"
     WORKSPACE = "library workspace"
     GRADIENT = "gradient"
+    KEPT_GRADIENT = "gradient of earlier steps"
     ACTIVATION = "activation"
     NUMBER = "Python number"
 

@@ -58,6 +58,13 @@ def test_predictions_are_true_under_autocast() -> None:
     assert len(table_rows(output)) == 1
 
 
+def test_predictions_are_true_where_gradients_accumulate() -> None:
+    which = ("--quick", "--models", "bert", "--attention", "sdpa", "--budgets", "0.6")
+    code, output = run_script("truth.py", *which, "--optimizer", "adamw", "--accumulate")
+    assert code == 0, output
+    assert len(table_rows(output)) == 1
+
+
 def test_predictions_are_true_without_dropout() -> None:
     which = ("--quick", "--models", "bert", "--attention", "sdpa", "--budgets", "0.9")
     code, output = run_script("truth.py", *which, "--dropout", "0", "0.1")

@@ -208,6 +208,17 @@ def test_formulas_of_autograd_write_into_the_zeros_that_they_make(loss: Any) -> 
     assert any(made[0].born == i - 1 and op.written for i, op in enumerate(step.ops))
 
 
+def test_kept_gradients_are_there_before_the_step_and_added_to(make: Callable[..., Any]) -> None:
+    model, batch = make("gpt2")
+    step = capture(model, batch, keep_gradients=True)
+    kept = [s.size_bytes for s in step.storages if s.kind is Kind.KEPT_GRADIENT]
+    assert sorted(kept) == sorted(p.nbytes for p in model.parameters())
+    assert not any(s.kind is Kind.GRADIENT for s in step.storages)
+    added = {s for op in step.ops if op.name == "aten.add_.Tensor" for s in op.written}
+    assert len(added) == len(kept)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_frozen_parameters_get_no_gradient(make: Callable[..., Any]) -> None:
     model, batch = make("vit")
     model.vit.requires_grad_(False)

@@ -47,11 +47,15 @@ def nodes_of(step: StepGraph) -> list[tuple[Any, ...]]:
 
 
 def assert_same(one: StepGraph, other: StepGraph) -> None:
+    assert_same_records(one, other)
+    assert nodes_of(one) == nodes_of(other)
+
+
+def assert_same_records(one: StepGraph, other: StepGraph) -> None:
     assert one.ops == other.ops
     assert one.storages == other.storages
     assert one.saved == other.saved
     assert one.calls == other.calls
-    assert nodes_of(one) == nodes_of(other)
     one.graph.lint()
 
 
@@ -70,6 +74,17 @@ def test_the_graph_is_that_of_a_full_record(
     once = capture(model, batch, optimizer=factory)
     assert len(stood_in) == LAYERS - 1
     assert_same(once, capture(model, batch, optimizer=factory, repeats=False))
+
+
+def test_gradients_of_earlier_steps_are_added_to(
+    make: Callable[..., Any], stood_in: list[str]
+) -> None:
+    model, batch = make("llama", 0.1, LAYERS)
+    factory = optimizer_factory("adamw", model, foreach=True)
+    once = capture(model, batch, optimizer=factory, keep_gradients=True)
+    assert len(stood_in) == LAYERS - 1
+    full = capture(model, batch, optimizer=factory, keep_gradients=True, repeats=False)
+    assert_same_records(once, full)  # the optimizer's nodes take the gradients from before
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
