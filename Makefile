@@ -11,7 +11,8 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install demo test test-slow lint \
-  bench-truth bench-frontier bench-overhead bench-solvers bench-optimum bench-coverage bench-scale
+  bench-truth bench-frontier bench-overhead bench-solvers bench-optimum bench-coverage bench-scale \
+  bench-finetune
 
 install: $(STAMP)
 
@@ -37,7 +38,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests benchmarks
+	$(BIN)/mypy tests benchmarks examples
 
 bench-truth: $(STAMP)
 	$(BIN)/python benchmarks/truth.py
@@ -56,6 +57,9 @@ bench-coverage: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py
+
+bench-finetune: $(STAMP)
+	$(BIN)/python benchmarks/finetune.py
 
 bench-overhead: $(STAMP)
 	@$(BIN)/python benchmarks/overhead.py

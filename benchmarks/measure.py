@@ -130,6 +130,11 @@ def _cpu_peak(step: Run) -> Peak:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = step()
     del result
+    return peak_seen_by(profiler)
+
+
+def peak_seen_by(profiler: profile) -> Peak:
+    """The peak on a CPU of what ran under a profiler that records memory."""
     live = highest = 0
     for signed_bytes in _memory_events(profiler):
         live += signed_bytes

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memfit.integrations.applying import AppliedPlan, ApplyError, apply
+    from memfit.integrations.trainer import MemfitCallback
 
-__all__ = ["AppliedPlan", "ApplyError", "apply"]
+__all__ = ["AppliedPlan", "ApplyError", "MemfitCallback", "apply"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from memfit.integrations import applying
+    from importlib import import_module
 
-    return getattr(applying, name)
+    module = "trainer" if name == "MemfitCallback" else "applying"
+    return getattr(import_module(f"memfit.integrations.{module}"), name)

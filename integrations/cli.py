@@ -151,6 +151,7 @@ def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         selective=options.selective,
         keep_outputs=options.keep_outputs,
         keep_gradients=options.keep_gradients,
+        max_grad_norm=options.max_grad_norm,
         autocast=options.autocast,
         gap=options.gap,
         time_limit_seconds=options.time_limit,
@@ -307,6 +308,12 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         "--keep-gradients",
         action="store_true",
         help="plan for a step that adds to the gradients of earlier ones (accumulation)",
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=float,
+        metavar="NORM",
+        help="gradients are clipped to this norm before the optimizer step",
     )
     group.add_argument(
         "--autocast",

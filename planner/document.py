@@ -60,6 +60,8 @@ class Workload:
     """Assumptions, for people."""
     keep_gradients: bool = False
     """Whether gradients of earlier steps are there when the step begins."""
+    max_grad_norm: float | None = None
+    """To what gradients are clipped before the optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,17 @@ so that the captured one is a step of the steady state with all state allocated.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from memfit.planner._compat import FakeOps
+from memfit.planner._compat import DATA_DEPENDENT_ERRORS, FakeOps
 from memfit.planner.errors import MemfitError, first_line
 from memfit.planner.recorder import Recorder
-from memfit.planner.shadows import tensors_in
+from memfit.planner.shadows import UnknownValue, tensors_in
 from memfit.planner.step_graph import Kind
 
 _NAMED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -41,6 +42,8 @@ class OptimizerFactory:
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     groups: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] | None
     """Parameter FQNs and options of each group; None: all trainable parameters, one group."""
+    max_grad_norm: float | None = None
+    """To what the gradients are clipped first."""
 
     def ready(self, twin: nn.Module, recorder: Recorder) -> torch.optim.Optimizer:
         """The optimizer after its first step, its state declared resident. Runs on fake tensors."""
@@ -70,7 +73,13 @@ class OptimizerFactory:
     def run(self, update: torch.optim.Optimizer) -> None:
         """One step; :class:`OptimizerError` when it cannot run on fake tensors."""
         try:
-            update.step()
+            norm = None
+            if self.max_grad_norm is not None:
+                parameters = [p for group in update.param_groups for p in group["params"]]
+                norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            with _NumbersAreOne():
+                update.step()
+            del norm  # is there to be logged after the step
         except Exception as error:
             raise OptimizerError(
                 f"a step of {self.name} cannot be captured: {type(error).__name__}: "
@@ -79,16 +88,48 @@ class OptimizerFactory:
             ) from error
 
 
+class _NumbersAreOne(TorchFunctionMode):
+    """Answers an optimizer that reads a number which nobody can know, such as a weight's norm.
+
+    Such numbers scale updates (Adafactor); no memory hangs on them.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except (*DATA_DEPENDENT_ERRORS, UnknownValue):
+            if func is not torch.Tensor.item or not args[0].is_floating_point():
+                raise
+            return 1.0
+
+
 def optimizer_factory(
-    optimizer: str | torch.optim.Optimizer | None, model: nn.Module, *, foreach: bool
+    optimizer: str | torch.optim.Optimizer | None,
+    model: nn.Module,
+    *,
+    foreach: bool,
+    max_grad_norm: float | None = None,
 ) -> OptimizerFactory | None:
-    """Reads the ``optimizer`` argument of ``plan``.
+    """Reads the arguments ``optimizer`` and ``max_grad_norm`` of ``plan``.
 
     ``foreach`` is what the target device takes by default when the optimizer leaves it open.
     Raises :class:`OptimizerError` for an unknown name or an optimizer of another model.
     """
     if optimizer is None:
+        if max_grad_norm is not None:
+            raise OptimizerError(
+                f"max_grad_norm is {max_grad_norm!r}, but gradients are clipped just before an "
+                "optimizer step, which is not planned; name the optimizer"
+            )
         return None
+    return replace(_factory(optimizer, model, foreach), max_grad_norm=max_grad_norm)
+
+
+def _factory(
+    optimizer: str | torch.optim.Optimizer, model: nn.Module, foreach: bool
+) -> OptimizerFactory:
     if isinstance(optimizer, str):
         return _named(optimizer, foreach)
     if not isinstance(optimizer, torch.optim.Optimizer):

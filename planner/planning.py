@@ -64,6 +64,7 @@ def plan(
     costs: str = "auto",
     keep_outputs: bool = False,
     keep_gradients: bool = False,
+    max_grad_norm: float | None = None,
     autocast: str | torch.dtype | None = None,
     selective: bool = True,
     gap: float = 0.0,
@@ -103,6 +104,8 @@ def plan(
     keep_gradients
         Plan for a step that finds gradients of earlier ones and adds to them: the last of several
         whose gradients are accumulated, or any after ``zero_grad(set_to_none=False)``.
+    max_grad_norm
+        The norm to which gradients are clipped before the optimizer step, if they are.
     autocast
         ``"bfloat16"`` or ``"float16"`` when the forward runs under ``torch.autocast`` with that
         dtype. Left out, what is switched on around the call of ``plan``.
@@ -132,7 +135,8 @@ def plan(
     target = find_target(model, device)
     budget_bytes = free_bytes(target) if budget == "auto" else parse_budget(budget)
     arguments, batch_note = _arguments(model, batch)
-    factory = optimizer_factory(optimizer, model, foreach=target.device.kind == "cuda")
+    on_gpu = target.device.kind == "cuda"
+    factory = optimizer_factory(optimizer, model, foreach=on_gpu, max_grad_norm=max_grad_norm)
     say(f"capturing a training step of {type(model).__name__}")
     cast_to = target.autocast_dtype(autocast)
     step = capture(
@@ -164,6 +168,7 @@ def plan(
         costs=costs,
         keep_outputs=keep_outputs,
         keep_gradients=keep_gradients,
+        max_grad_norm=max_grad_norm,
         autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
         notes=tuple(filter(None, notes)),
     )

@@ -209,7 +209,7 @@ class ReadsOfValues(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and args:
             args = (self._plain(args[0]), *args[1:])
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            args = (args[0], self._plain(args[1]), *args[2:])
+            args = (args[0], self._plain_lists(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
 
     def _real(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -220,6 +220,12 @@ class ReadsOfValues(TorchFunctionMode):
             raise self._shadows.unknown("values of a tensor")
         self._shadows.assume()
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    def _plain_lists(self, index: Any) -> Any:
+        """An index, its lists of numbers without tensors."""
+        if type(index) is not tuple:
+            return self._plain(index) if type(index) is list else index
+        return tuple(self._plain(i) if type(i) in (tuple, list) else i for i in index)
 
     def _plain(self, value: Any) -> Any:
         """Numbers in place of the fake tensors in a list."""

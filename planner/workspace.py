@@ -23,7 +23,6 @@ from memfit.planner.measuring import made_up
 from memfit.planner.step_graph import NUMBER_BYTES, Kind, StepGraph, Storage
 
 _MATMULS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._grouped_mm.")
-# Always measured, and only where what goes in is not contiguous.
 _MEASURED_OPS = (
     "aten.convolution",
     "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -41,6 +40,7 @@ _MEASURED_OPS = (
     "aten._cdist",
     "aten._fft",
 )
+# Measured where what goes in is not contiguous.
 _MEASURED_IF_STRIDED = (
     "aten.gelu",
     "aten.avg_pool",
@@ -63,7 +63,17 @@ _COPYING = (
 _HALF = (torch.bfloat16, torch.float16)
 _WITH_NUMBERS = frozenset(
     f"aten.{name}"
-    for name in ("mul.Tensor", "div.Tensor", "add.Tensor", "sub.Tensor", "rsub.Scalar")
+    for name in (
+        "mul.Tensor",
+        "div.Tensor",
+        "add.Tensor",
+        "sub.Tensor",
+        "rsub.Scalar",
+        "mul_.Tensor",
+        "div_.Tensor",
+        "add_.Tensor",
+        "sub_.Tensor",
+    )
 )
 _TRANSPOSED_BLOCK = 60
 # Elements from which kernels use several threads (``at::internal::GRAIN_SIZE``).
@@ -222,6 +232,10 @@ def _by_rule(node: fx.Node) -> int:
         return _of_transposing(node.meta, tensors[-1])
     if name in _WITH_NUMBERS and len(tensors) == 1:
         return _of_number(node)
+    if name.startswith("aten.mean."):  # a sum, divided in place
+        return int(NUMBER_BYTES + node.meta["dtype"].itemsize)
+    if name.startswith("aten._foreach_") and any(type(a) in (int, float) for a in node.args):
+        return NUMBER_BYTES  # tensor by tensor, as if there were no such op
     if len(tensors) == 2 and torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
         # Operands of other dtypes are converted whole before the loop.
         common = torch.promote_types(tensors[0]["dtype"], tensors[1]["dtype"])

@@ -248,6 +248,38 @@ def test_a_plan_still_applies_after_training(
     apply(p, model).remove()
 
 
+def test_scaled_gradients_of_float16_are_kept_and_clipped_the_same(
+    make: Callable[..., Any],
+) -> None:
+    def losses(planned: bool) -> list[float]:
+        model, batch = make("llama")
+        optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+        if planned:
+            options: dict[str, Any] = {
+                "optimizer": optimizer,
+                "autocast": "float16",
+                "keep_gradients": True,
+            }
+            with pytest.raises(InfeasibleBudget) as error:
+                plan(model, 1, batch, **options)
+            apply(plan(model, error.value.minimum_bytes, batch, **options), model)
+        found = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", torch.float16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=False)
+            found.append(loss.item())
+        return found
+
+    assert losses(planned=True) == losses(planned=False)
+
+
 def test_a_region_that_the_model_lacks_changes_nothing(make: Callable[..., Any]) -> None:
     model, batch = make("bert")
     p = tight(model, batch)

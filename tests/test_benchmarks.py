@@ -72,6 +72,13 @@ def test_predictions_are_true_without_dropout() -> None:
     assert [row[2] for row in table_rows(output)] == ["0", "0.1"]
 
 
+def test_fine_tuning_keeps_to_its_plan() -> None:
+    which = ("--quick", "--steps", "5", "--tasks", "lora", "--settings", "1")
+    code, output = run_script("finetune.py", *which)
+    assert code == 0, output
+    assert len(table_rows(output)) == 1
+
+
 def test_the_frontier_is_measured_at_the_same_peak() -> None:
     rivals = ("hf_2", "keep_attention", "every_second_matmul")
     which = ("--quick", "--models", "bert", "--rivals", *rivals)

@@ -82,7 +82,17 @@ def test_the_json_has_the_documented_keys(plan_file: Path) -> None:
     assert {key: list(value) for key, value in plan.items() if isinstance(value, dict)} == {
         "made_with": ["memfit", "torch", "transformers"],
         "model": ["class", "fingerprint", "parameters", "trainable_parameters"],
-        "workload": ["batch", "optimizer", "device", "costs", "keep_outputs", "autocast", "notes"],
+        "workload": [
+            "batch",
+            "optimizer",
+            "device",
+            "costs",
+            "keep_outputs",
+            "autocast",
+            "notes",
+            "keep_gradients",
+            "max_grad_norm",
+        ],
         "predicted": [
             "peak_bytes",
             "peak_at",

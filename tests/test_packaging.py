@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("solvers", "planner", "integrations")
 SOURCES = sorted(
-    path for folder in (*PACKAGES, "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in (*PACKAGES, "tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
 )
 
 
@@ -27,7 +29,7 @@ def read_setuptools() -> dict[str, Any]:
 
 def package_folders() -> set[str]:
     """Folders of the repository that hold an ``__init__.py``, relative to it."""
-    skipped = {"tests", "benchmarks", "build", "dist"}
+    skipped = {"tests", "benchmarks", "examples", "build", "dist"}
     tops = (p for p in ROOT.iterdir() if p.is_dir() and p.name not in skipped)
     return {
         init.parent.relative_to(ROOT).as_posix()

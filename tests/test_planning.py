@@ -208,9 +208,18 @@ def test_arguments_of_wrong_types_are_named(make: Callable[..., Any]) -> None:
         plan(model, 1 << 40, batch, device=7)  # type: ignore[arg-type]
     with pytest.raises(OptimizerError, match="pass a name"):
         plan(model, 1 << 40, batch, optimizer=torch.optim.AdamW)  # type: ignore[arg-type]
-    with pytest.raises(OptimizerError, match="Adafactor cannot be captured"):
-        plan(model, 1 << 40, batch, optimizer=torch.optim.Adafactor(model.parameters()))
+    with pytest.raises(OptimizerError, match="LBFGS cannot be captured"):
+        plan(model, 1 << 40, batch, optimizer=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(OptimizerError, match=r"max_grad_norm is 1\.0, but gradients are clipped"):
+        plan(model, 1 << 40, batch, max_grad_norm=1.0)
     assert plan(model, numpy.int64(1 << 40), batch).budget_bytes == 1 << 40  # type: ignore[arg-type]
+
+
+def test_an_optimizer_may_read_numbers_that_scale_its_updates(make: Callable[..., Any]) -> None:
+    model, batch = make("bert", layers=1)
+    factored = plan(model, 1 << 40, batch, optimizer=torch.optim.Adafactor(model.parameters()))
+    plain = plan(model, 1 << 40, batch, optimizer="adamw")
+    assert factored.predicted.resident_bytes < plain.predicted.resident_bytes
 
 
 def test_a_model_without_blocks_has_no_regions() -> None:

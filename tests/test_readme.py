@@ -15,7 +15,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_python_example_keeps_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, in_a_script = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "MemfitCallback" in in_a_script, "test_examples.py runs that"
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)

@@ -174,7 +174,7 @@ def test_recurrent_layers_hold_what_only_their_kernel_knows() -> None:
     batch = {"input": torch.zeros(8, 2, 16)}
     made = []
 
-    class Mode(TorchDispatchMode):
+    class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -183,7 +183,7 @@ def test_recurrent_layers_hold_what_only_their_kernel_knows() -> None:
                 made.append(out[3].nbytes)
             return out
 
-    with Mode():
+    with Mode():  # type: ignore[no-untyped-call]
         layer(**batch)
     step = with_cpu_workspace(capture(layer, batch))
     (op,) = (op for op in step.ops if op.name == "aten.mkldnn_rnn_layer.default")
