@@ -10,6 +10,7 @@ Depends on torch, transformers, accelerate and peft.
 """
 
 import argparse
+import hashlib
 import sys
 import tempfile
 import time
@@ -50,8 +51,8 @@ class Run:
     """One training; bytes are above those that are there before a step."""
 
     losses: list[float]
-    fingerprint: float
-    """Of the trained parameters."""
+    digest: str
+    """Of the trained parameters' bytes."""
     measured_bytes: int
     predicted_bytes: int = 0
     unplanned_bytes: int = 0
@@ -137,10 +138,13 @@ def measure(request: processes.Request) -> dict[str, Any]:
         try:
             trainer.train()
         except InfeasibleBudget as error:
-            return asdict(Run([], 0.0, 0, minimum_bytes=error.minimum_bytes))
+            return asdict(Run([], "", 0, minimum_bytes=error.minimum_bytes))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trained = [p.detach().double().sum().item() for p in model.parameters() if p.requires_grad]
-    result = Run(losses, sum(trained), probe.peak_bytes)
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().numpy().tobytes())
+    result = Run(losses, digest.hexdigest(), probe.peak_bytes)
     for callback in planned:
         assert callback.plan is not None
         predicted = callback.plan.predicted
@@ -210,7 +214,7 @@ def compare(
         predicted_bytes=planned.predicted_bytes,
         measured_bytes=planned.measured_bytes,
         unplanned_measured_bytes=unplanned.measured_bytes,
-        equal=(planned.losses, planned.fingerprint) == (unplanned.losses, unplanned.fingerprint),
+        equal=(planned.losses, planned.digest) == (unplanned.losses, unplanned.digest),
         overhead=planned.overhead,
     )
 

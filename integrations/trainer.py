@@ -17,10 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from memfit.integrations.applying import AppliedPlan, ApplyError, apply
 from memfit.planner import InfeasibleBudget, Plan, plan
-from memfit.planner.budget import format_bytes, parse_budget
+from memfit.planner.budget import format_bytes
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.shadows import tensors_in
-from memfit.planner.target import find_target, free_bytes
+from memfit.planner.target import find_target, resolve_budget
 
 PLAN_FILE = "memfit_plan.json"
 _DECIDED = frozenset(
@@ -125,7 +125,7 @@ class _Training:
 
     def _plan(self, batch: dict[str, Any]) -> None:
         self.end()  # a plan is made for a model as it was
-        made = self._within(self._callback.budget, batch)
+        made = self._within_budget(batch)
         self._applied = apply(made, self._model)
         self._listen()
         self._steps = 0
@@ -144,19 +144,21 @@ class _Training:
             directory.mkdir(parents=True, exist_ok=True)
             made.save(directory / PLAN_FILE)
 
-    def _within(self, budget: int | str, batch: dict[str, Any]) -> Plan:
+    def _within_budget(self, batch: dict[str, Any]) -> Plan:
+        budget, options = self._callback.budget, self._callback.options
+        target = find_target(self._model, options.get("device"))
         own = 0 if budget == "auto" else OWN_BYTES
         if self._args.world_size > 1:  # DistributedDataParallel copies gradients into its buckets
             own += sum(p.nbytes for p in self._model.parameters() if p.requires_grad)
         try:
             return plan(
                 self._model,
-                max(1, self._budget_bytes(budget) - own),
+                max(1, resolve_budget(budget, target) - own),
                 batch,
                 optimizer=self._optimizer,
                 keep_gradients=self._args.gradient_accumulation_steps > 1,
                 max_grad_norm=self._args.max_grad_norm or None,
-                **self._callback.options,
+                **options,
             )
         except InfeasibleBudget as error:
             least = error.minimum_bytes + own
@@ -164,11 +166,6 @@ class _Training:
                 f"{error} With the {own} bytes that the Trainer takes beside it: {least} bytes.",
                 least,
             ) from error
-
-    def _budget_bytes(self, budget: int | str) -> int:
-        if budget != "auto":
-            return parse_budget(budget)
-        return free_bytes(find_target(self._model, self._callback.options.get("device")))
 
     def step_ends(self) -> None:
         """The step after the first planned one is measured: the first may still allocate state."""

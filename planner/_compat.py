@@ -186,9 +186,10 @@ def function_caches_apart(
         for cell, size in _cached_functions(model, imported):
             function = cell.cell_contents
             stack.callback(setattr, cell, "cell_contents", function)
-            own = lru_cache(size)(function)
-            warm = function not in too_small
-            cell.cell_contents = _warm(function, own, adopt, too_small) if warm else own
+            small = function in too_small
+            cell.cell_contents = (
+                lru_cache(size)(function) if small else _warm(function, size, adopt, too_small)
+            )
         stack.enter_context(mock.patch.object(imported, "is_torchdynamo_compiling", lambda: True))
         yield
 
@@ -216,13 +217,13 @@ def _cached_functions(model: nn.Module, imported: Any) -> list[tuple[Any, int | 
 
 def _warm(
     function: Callable[..., Any],
-    own: Callable[..., Any],
+    size: int | None,
     adopt: Callable[[Any], Any],
     too_small: set[Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """``function``, its results made beforehand; ``own`` is the same with a cache of its own."""
+    """``function``, results made beforehand unless of tensors; ``size`` is what its cache holds."""
     known: dict[object, Any] = {}
-    size = own.cache_parameters()["maxsize"]  # type: ignore[attr-defined]
+    own = lru_cache(size)(function)
 
     def warm(*args: Any, **kwargs: Any) -> Any:
         # Tensors and modules are fakes here, and the cache knows them by identity.

@@ -17,7 +17,7 @@ from torch import nn
 from memfit.planner import document
 from memfit.planner.batches import Batch, make_batch
 from memfit.planner.bound import find_bounds
-from memfit.planner.budget import format_bytes, parse_budget
+from memfit.planner.budget import format_bytes
 from memfit.planner.caching import cache_note
 from memfit.planner.capture import BatchArguments, capture
 from memfit.planner.costs import price
@@ -30,7 +30,7 @@ from memfit.planner.regions import Region
 from memfit.planner.shadows import tensors_in
 from memfit.planner.solving import Outcome, Task
 from memfit.planner.step_graph import StepGraph
-from memfit.planner.target import Target, find_target, free_bytes
+from memfit.planner.target import Target, find_target, resolve_budget
 from memfit.solvers import SOLVERS, Limits, Solution
 from memfit.solvers import save_problem as write_problem
 
@@ -133,7 +133,7 @@ def plan(
     _check_types(model, batch, device)
     say = progress or (lambda _: None)
     target = find_target(model, device)
-    budget_bytes = free_bytes(target) if budget == "auto" else parse_budget(budget)
+    budget_bytes = resolve_budget(budget, target)
     arguments, batch_note = _arguments(model, batch)
     on_gpu = target.device.kind == "cuda"
     factory = optimizer_factory(optimizer, model, foreach=on_gpu, max_grad_norm=max_grad_norm)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memfit.planner import devices
-from memfit.planner.budget import BudgetError
+from memfit.planner.budget import BudgetError, parse_budget
 from memfit.planner.devices import Device
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.workspace import with_cpu_workspace, with_cuda_workspace
@@ -106,6 +106,11 @@ def find_target(model: nn.Module, name: str | None) -> Target:
     device = devices.device(name)
     emulated = device.kind == "cuda" and place.type != "cuda"
     return Target(device, emulated, notes)
+
+
+def resolve_budget(budget: int | str, target: Target) -> int:
+    """Bytes of a budget as ``plan`` takes it."""
+    return free_bytes(target) if budget == "auto" else parse_budget(budget)
 
 
 def free_bytes(target: Target) -> int:

@@ -395,6 +395,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # the profiler talks on stdout
     threads, requests = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
+    # Gradients are recorded, else recurrent kernels keep nothing for their backward.
     with os.fdopen(answer, "wb") as out:
         out.write(pickle.dumps([_run(request) for request in requests]))
 
