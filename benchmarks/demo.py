@@ -27,7 +27,7 @@ import transformers
 from benchmarks import processes
 from benchmarks.measure import measure_peak
 from benchmarks.report import Table, percent
-from benchmarks.training import Trainer, checkpoint_layers
+from benchmarks.training import Trainer, checkpoint_layers, keep_layers
 from memfit.integrations import apply
 from memfit.planner import InfeasibleBudget, Plan, plan
 
@@ -160,8 +160,7 @@ def _switch_on(variant: str, request: processes.Request, trainer: Trainer) -> Ca
     """Makes the model train in one way; returns what undoes it."""
     if variant == "checkpointed":
         checkpoint_layers(trainer.model, 1)
-        model: Any = trainer.model
-        return model.activation_checkpointing_disable  # type: ignore[no-any-return]
+        return partial(keep_layers, trainer.model)
     if variant == "planned":
         return apply(Plan.load(request["plan"]), trainer.model).remove
     return lambda: None

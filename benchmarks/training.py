@@ -119,13 +119,17 @@ def checkpoint_layers(
 ) -> None:
     """Switches transformers' own checkpointing on; ``context_fn`` is torch's for selective ones."""
     options = {"use_reentrant": False} | ({"context_fn": context_fn} if context_fn else {})
-    enable = model.activation_checkpointing_enable
-    assert callable(enable)
-    enable(activation_checkpointing_kwargs=options, every_n_layers=every_n_layers)
+    _checkpointing(model, "enable")(options, every_n_layers=every_n_layers)
 
 
 def keep_layers(model: nn.Module) -> None:
     """Switches transformers' own checkpointing off, and its hook on the embeddings with it."""
-    for name in ("activation_checkpointing_disable", "disable_input_require_grads"):
-        switch = getattr(model, name)
-        switch()
+    _checkpointing(model, "disable")()
+    model.disable_input_require_grads()  # type: ignore[operator]
+
+
+def _checkpointing(model: nn.Module, switch: str) -> Callable[..., None]:
+    """A switch by its name, which before transformers 5.18 or so began with ``gradient``."""
+    now, before = (f"{kind}_checkpointing_{switch}" for kind in ("activation", "gradient"))
+    function: Callable[..., None] = getattr(model, now if hasattr(model, now) else before)
+    return function

@@ -1,6 +1,7 @@
-"""The models that are measured: five architectures from their configs, with random weights.
+"""The models that are measured, built from their configs with random weights.
 
-``tiny`` is for tests, ``small`` for a CPU of two cores, ``large`` for a GPU. Nothing is downloaded.
+``tiny`` is for tests, ``small`` for a CPU of two cores, ``large`` for a GPU, where there are two
+models more. Nothing is downloaded.
 Depends on torch and transformers.
 """
 
@@ -13,6 +14,7 @@ import transformers
 from torch import nn
 
 MODELS = ("gpt2", "bert", "llama", "vit", "t5")
+GPU_MODELS = ("gpt2", "bert", "llama", "llama_8", "vit", "t5", "qwen3_moe")
 ATTENTIONS = ("sdpa", "eager")
 DROPOUT = 0.1
 
@@ -46,6 +48,7 @@ class Shape:
     heads: int
     feed_forward: int
     vocabulary: int = 4096
+    experts: int = 0
 
 
 SHAPES = {
@@ -55,6 +58,8 @@ SHAPES = {
         "llama": Shape(2, 32, 64, 4, 4, 256, 512),
         "vit": Shape(2, 64, 64, 4, 4, 256),
         "t5": Shape(2, 32, 64, 2, 4, 256, 512),
+        "llama_8": Shape(2, 32, 64, 8, 4, 256, 512),
+        "qwen3_moe": Shape(2, 32, 64, 2, 4, 64, 512, experts=8),
     },
     "small": {
         "gpt2": Shape(2, 256, 256, 12, 4, 1024),
@@ -63,13 +68,15 @@ SHAPES = {
         "vit": Shape(4, 176, 256, 12, 4, 1024),
         "t5": Shape(2, 256, 256, 6, 4, 1024),
     },
-    # GPT-2 medium, BERT large, four layers of Llama 3 8B, ViT large, T5 large.
+    # GPT-2 medium, BERT large, layers of Llama 3 8B, ViT large, T5 large, layers of Qwen3 30B-A3B.
     "large": {
         "gpt2": Shape(8, 1024, 1024, 24, 16, 4096, 50257),
         "bert": Shape(16, 512, 1024, 24, 16, 4096, 30522),
         "llama": Shape(2, 2048, 4096, 4, 32, 14336, 128256),
         "vit": Shape(64, 224, 1024, 24, 16, 4096),
         "t5": Shape(8, 512, 1024, 24, 16, 4096, 32128),
+        "llama_8": Shape(2, 2048, 4096, 8, 32, 14336, 128256),
+        "qwen3_moe": Shape(2, 2048, 2048, 4, 32, 768, 151936, experts=128),
     },
 }
 SIZES = tuple(SHAPES)
@@ -159,6 +166,26 @@ def _llama(shape: Shape, dropout: float) -> tuple[Any, Any, Batch]:
     return transformers.AutoModelForCausalLM, config, {"input_ids": ids, "labels": ids.clone()}
 
 
+def _qwen3_moe(shape: Shape, dropout: float) -> tuple[Any, Any, Batch]:
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        moe_intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads // 4,
+        head_dim=max(16, 128 * shape.width // 2048),
+        num_experts=shape.experts,
+        num_experts_per_tok=min(8, shape.experts // 2),
+        max_position_embeddings=shape.length,
+        attention_dropout=dropout,
+        use_cache=False,
+    )
+    ids = _ids(shape)
+    return transformers.AutoModelForCausalLM, config, {"input_ids": ids, "labels": ids.clone()}
+
+
 def _vit(shape: Shape, dropout: float) -> tuple[Any, Any, Batch]:
     config = transformers.AutoConfig.for_model(
         "vit",
@@ -201,6 +228,8 @@ _MAKERS: dict[str, Callable[[Shape, float], tuple[Any, Any, Batch]]] = {
     "gpt2": _gpt2,
     "bert": _bert,
     "llama": _llama,
+    "llama_8": _llama,
+    "qwen3_moe": _qwen3_moe,
     "vit": _vit,
     "t5": _t5,
 }

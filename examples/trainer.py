@@ -54,6 +54,7 @@ def main() -> None:
             model_with_adapters(), args, train_dataset=made_up_text(64, 128), callbacks=planned
         )
         trainer.train()
+        trainer.accelerator.end_training()  # without it gloo's threads may abort the exit
     if args.should_log:
         print("losses", *(e["loss"] for e in trainer.state.log_history if "loss" in e))
 

@@ -18,11 +18,15 @@ from torch import nn
 from memfit.integrations.forwards import ApplyError as ApplyError
 from memfit.integrations.forwards import CheckpointedForward, PlannedForward, TurnsForward
 from memfit.integrations.links import Relay
+from memfit.integrations.probes import Verdict
 from memfit.integrations.selective import SelectiveForward
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
 from memfit.planner.document import ACTIONS, Plan, RegionPlan
 from memfit.planner.fingerprint import differences, fingerprint
+
+# What the regions of a plan share.
+_Common = tuple[Relay, Verdict]
 
 
 def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
@@ -50,10 +54,10 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
         turns.setdefault(turn.region.name, []).append(turn)
     modules = {name: _submodule(model, name) for name in turns}
     applied = AppliedPlan(plan, model)
-    relay = Relay()
+    common = Relay(), Verdict()
     for name, own in turns.items():
         if any(turn.region.action != "keep" for turn in own):
-            applied.shadow(modules[name], own, relay)
+            applied.shadow(modules[name], own, common)
     return applied
 
 
@@ -103,13 +107,13 @@ class AppliedPlan:
             for m in caching_modules(model)
         ]
 
-    def shadow(self, module: nn.Module, turns: Sequence[_Turn], relay: Relay) -> None:
+    def shadow(self, module: nn.Module, turns: Sequence[_Turn], common: _Common) -> None:
         """Gives a module the forwards of its turns: as many as it is called in a step."""
         shadowed = module.__dict__.get("forward")
         known: dict[object, PlannedForward | None] = {}
         for turn in turns:
             if turn.key not in known:
-                known[turn.key] = _planned_forward(module, shadowed, turn, relay)
+                known[turn.key] = _planned_forward(module, shadowed, turn, common)
         forwards = tuple(known[turn.key] for turn in turns)
         first, *others = forwards
         if all(other is first for other in others):
@@ -142,7 +146,7 @@ class AppliedPlan:
 
 
 def _planned_forward(
-    module: nn.Module, shadowed: Callable[..., Any] | None, turn: _Turn, relay: Relay
+    module: nn.Module, shadowed: Callable[..., Any] | None, turn: _Turn, common: _Common
 ) -> PlannedForward | None:
     region = turn.region
     if region.action == "keep":
@@ -151,7 +155,7 @@ def _planned_forward(
         return CheckpointedForward(module, shadowed)
     linked = region.recompute_input
     return SelectiveForward(
-        module, shadowed, region.keep, region.name, linked, turn.followed, relay
+        module, shadowed, region.keep, region.name, linked, turn.followed, *common
     )
 
 

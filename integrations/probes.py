@@ -2,12 +2,12 @@
 
 What a forward reads beside tensors and attributes of modules, such as a global number, is baked
 into a recording and may have changed since. A sample of each dropped tensor that no other is made
-from notices that. On a CPU the comparison is immediate; on a GPU it would wait for the device, so
-it is made up for at the region's next forward. Depends on the records of a forward.
+from notices that. On a CPU the comparison is immediate; on a GPU its result is read in a later
+forward. Depends on the records of a forward.
 """
 
 from math import gcd
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,26 +15,53 @@ from memfit.integrations.recording import Value
 from memfit.integrations.schedules import view_as
 from memfit.planner.step_graph import SAMPLE_ELEMENTS
 
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Verdict:
-    """Comparisons of a region that are not read yet."""
+    """Comparisons of a plan's regions whose results are still on a device.
 
-    __slots__ = ("_differs", "_message")
+    They are sent to the host when the next forward begins, and read once they have arrived: to wait
+    for them would leave the device idle. Copies begin empty.
+    """
+
+    __slots__ = ("_differing", "_message", "_sent")
 
     def __init__(self) -> None:
-        self._differs: torch.Tensor | None = None
+        self._differing: dict[torch.device, torch.Tensor] = {}
+        """Bits that differed in any comparison, by the place in a sample."""
         self._message = ""
+        self._sent: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
-    def add(self, differs: torch.Tensor, message: str) -> None:
-        """Notes the result of a comparison, which is still on the device."""
-        self._differs = differs if self._differs is None else self._differs | differs
+    def add(self, differing: torch.Tensor, message: str) -> None:
+        """Notes the bits in which a sample differs, as whole numbers."""
+        device = differing.device
+        if device not in self._differing:
+            size = 2 * SAMPLE_ELEMENTS  # complex elements are two numbers each
+            self._differing[device] = torch.zeros(size, dtype=torch.int64, device=device)
+        self._differing[device][: differing.numel()].bitwise_or_(differing)
         self._message = message
 
     def read(self) -> None:
-        """Raises if anything differed."""
-        differs, self._differs = self._differs, None
-        if differs is not None and bool(differs):
-            raise RuntimeError(self._message)
+        """Raises if anything that has arrived differed."""
+        waiting = []
+        for bits, arrived in self._sent:
+            if not arrived.query():  # type: ignore[no-untyped-call]
+                waiting.append((bits, arrived))
+            elif bool(bits.any()):
+                self._sent = []
+                raise RuntimeError(self._message)
+        self._sent = waiting
+        for device, bits in self._differing.items():
+            there = torch.empty(bits.shape, dtype=bits.dtype, pin_memory=True)
+            there.copy_(bits, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(torch.cuda.current_stream(device))
+            self._sent.append((there, arrived))
+        self._differing.clear()
+
+    def __reduce__(self) -> Any:
+        return Verdict, ()
 
 
 class _Judged(Protocol):
@@ -72,7 +99,7 @@ class Probe:
         else:
             again = self._line(tensor, int(tensor.storage_offset()) + self._offset)
         if tensor.device.type == "cuda":
-            call.verdict.add((_bits(again) != _bits(sample)).any(), self._message)
+            call.verdict.add(_bits(again) ^ _bits(sample), self._message)
         elif not torch.equal(again, sample) and not torch.equal(_bits(again), _bits(sample)):
             raise RuntimeError(self._message)
 
@@ -81,7 +108,10 @@ class Probe:
 
 
 def _bits(line: torch.Tensor) -> torch.Tensor:
-    return line.contiguous().view(torch.uint8)
+    """The elements as whole numbers."""
+    if line.dtype.is_complex:
+        line = torch.view_as_real(line).flatten()
+    return line.view(_WHOLE_NUMBERS[line.itemsize])
 
 
 def _line_through(value: Value) -> tuple[int, int]:

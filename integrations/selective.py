@@ -34,7 +34,7 @@ class SelectiveForward(PlannedForward):
     Names are those of :class:`memfit.planner.program.Program`; ``name`` is what to call the module
     in messages. Arguments named in ``recompute_input``, by their names in the region before, are
     not held either: that region, which is ``followed`` by this one, leaves in their common
-    ``relay`` how to make them again.
+    ``relay`` how to make them again. A plan's regions have one ``verdict`` on what was recomputed.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class SelectiveForward(PlannedForward):
         recompute_input: tuple[str, ...] = (),
         followed: bool = False,
         relay: Relay | None = None,
+        verdict: Verdict | None = None,
     ) -> None:
         super().__init__(module, shadowed)
         self._keep = frozenset(keep)
@@ -54,14 +55,15 @@ class SelectiveForward(PlannedForward):
         self._relay = relay
         self._name = name or type(module).__name__
         self._programs: dict[tuple[Any, ...], Replay | None] = {}
-        self._verdict = Verdict()
+        self._verdict = verdict or Verdict()
         self._mismatches = 0
         self._warned: set[str] = set()
         self._recording = threading.Lock()
 
     def _options(self) -> tuple[Any, ...]:
         linked = tuple(sorted(self._linked))
-        return tuple(sorted(self._keep)), self._name, linked, self._followed, self._relay
+        names = tuple(sorted(self._keep)), self._name, linked
+        return (*names, self._followed, self._relay, self._verdict)
 
     # In a model that is compiled the graph breaks here, and the region runs as it is.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

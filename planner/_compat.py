@@ -396,6 +396,7 @@ _NORMS = {
 _FOREACH_LIKE_GIVEN = {
     getattr(torch.ops.aten, f"_foreach_{name}")
     for name in ("sqrt", "rsqrt", "neg", "abs", "sign", "reciprocal", "exp", "clone")
+    if hasattr(torch.ops.aten, f"_foreach_{name}")  # clone is not in PyTorch 2.11
 }
 
 

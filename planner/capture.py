@@ -188,7 +188,7 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
         fake: torch.Tensor = _fake(tensor.detach(), mode)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        elif tensor.device.type == "cpu":
+        else:
             recorder.shadows.set(fake, tensor)
         memo[id(tensor)] = fake
         recorder.add_resident(fake, kind)

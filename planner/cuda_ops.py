@@ -56,6 +56,8 @@ _BIAS_ALIGNMENT = 8
 # Up to PyTorch 2.13 only flash, cuDNN and math take fewer heads of keys than of queries, as the
 # documentation of scaled_dot_product_attention says; memory-efficient joins them in 2.14.
 _EFFICIENT_GROUPS = TorchVersion(torch.__version__) >= TorchVersion("2.14")
+# From 2.12 on cuDNN gets only dropout that it can resolve, which is multiples of 1/16.
+_CUDNN_ANY_DROPOUT = TorchVersion(torch.__version__) < TorchVersion("2.12")
 
 
 def cuda_modes(
@@ -213,7 +215,7 @@ def _can_use_cudnn(call: AttentionCall, capability: tuple[int, int]) -> bool:
         and (all(h <= _CUDNN_HEAD for h in heads) or heads == (192, 128))
         and all(h % 8 == 0 for h in heads)
         and _fits_mask(call)
-        and float(call.dropout * 16).is_integer()
+        and (_CUDNN_ANY_DROPOUT or float(call.dropout * 16).is_integer())
         and call.key.shape[-2] != 1
         and not (call.dropout and call.query.shape[-2] == 1)
     )

@@ -27,6 +27,10 @@ _CUBLAS_WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
 _CUBLAS_LARGE_WORKSPACE_BYTES = 32 * 2**20
 _ROCM_WORKSPACE_BYTES = (128 + 76) * 2**20
 
+# maxThreadsPerMultiProcessor by compute capability, from NVIDIA's CUDA programming guide.
+_THREADS = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
+_FEWER_THREADS = 1536
+
 
 class DeviceError(MemfitError, ValueError):
     """A device is not known, or not present."""
@@ -56,12 +60,19 @@ class Device:
     """Every allocation takes a multiple of this."""
     compute_capability: tuple[int, int] = (8, 0)
     """Decides which attention kernels PyTorch takes; ROCm's are taken to be those of (8, 0)."""
+    multiprocessors: int = 0
+    """Reductions are split into as many blocks as these can hold, which sets their workspace."""
     workspace_bytes: int = 0
     """What a BLAS handle takes from the allocator at its first matrix multiplication.
 
     There is one per thread and stream, and autograd runs backward in a thread of its own: a step
     holds two. Released when the process ends or, from PyTorch 2.15 on, after every operation.
     """
+
+    @property
+    def threads_per_multiprocessor(self) -> int:
+        """How many threads a multiprocessor of a GPU holds."""
+        return _THREADS.get(self.compute_capability, _FEWER_THREADS)
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s for a dtype name without its ``torch.``; what the table lacks runs as float32."""
@@ -117,6 +128,7 @@ def _cuda(
     tf32: float,
     float16: float,
     bandwidth: float,
+    multiprocessors: int,
     source: str,
     capability: tuple[int, int] = (8, 0),
     bfloat16: float | None = None,
@@ -137,6 +149,7 @@ def _cuda(
         bandwidth_bytes_per_second=bandwidth,
         source=f"{source}, checked 2026-11",
         compute_capability=capability,
+        multiprocessors=multiprocessors,
         workspace_bytes=workspace_bytes,
     )
 
@@ -155,6 +168,7 @@ _TABLE = (
         tf32=494.5e12,
         float16=989e12,
         bandwidth=3.35e12,
+        multiprocessors=132,
         workspace_bytes=_CUBLAS_LARGE_WORKSPACE_BYTES,
         source="NVIDIA H100 Tensor Core GPU datasheet, SXM, halved where marked 'with sparsity'",
     ),
@@ -166,6 +180,7 @@ _TABLE = (
         tf32=494.5e12,
         float16=989e12,
         bandwidth=4.8e12,
+        multiprocessors=132,
         workspace_bytes=_CUBLAS_LARGE_WORKSPACE_BYTES,
         source="NVIDIA H200 Tensor Core GPU datasheet, SXM, halved where marked 'with sparsity'",
     ),
@@ -177,6 +192,7 @@ _TABLE = (
         tf32=1100e12,
         float16=2250e12,
         bandwidth=8.0e12,
+        multiprocessors=148,
         workspace_bytes=_CUBLAS_LARGE_WORKSPACE_BYTES,
         source="NVIDIA Blackwell architecture datasheet, HGX B200 per GPU, dense",
     ),
@@ -187,6 +203,7 @@ _TABLE = (
         tf32=156e12,
         float16=312e12,
         bandwidth=1.555e12,
+        multiprocessors=108,
         source="NVIDIA A100 Tensor Core GPU datasheet, 40 GB",
     ),
     _cuda(
@@ -196,6 +213,7 @@ _TABLE = (
         tf32=156e12,
         float16=312e12,
         bandwidth=2.039e12,
+        multiprocessors=108,
         source="NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM",
     ),
     _cuda(
@@ -206,6 +224,7 @@ _TABLE = (
         tf32=35e12,
         float16=70e12,
         bandwidth=600e9,
+        multiprocessors=80,
         source="NVIDIA A10G datasheet for Amazon EC2 G5, dense",
     ),
     _cuda(
@@ -216,6 +235,7 @@ _TABLE = (
         tf32=60e12,
         float16=121e12,
         bandwidth=300e9,
+        multiprocessors=58,
         source="NVIDIA L4 Tensor Core GPU datasheet, halved where marked 'with sparsity'",
     ),
     _cuda(
@@ -227,6 +247,7 @@ _TABLE = (
         float16=65e12,
         bfloat16=8.1e12,
         bandwidth=320e9,
+        multiprocessors=40,
         source="NVIDIA T4 Tensor Core GPU datasheet",
     ),
     _cuda(
@@ -237,6 +258,7 @@ _TABLE = (
         tf32=35.6e12,
         float16=71e12,
         bandwidth=936e9,
+        multiprocessors=82,
         source="NVIDIA Ampere GA102 GPU architecture whitepaper, dense, FP32 accumulate",
     ),
     _cuda(
@@ -247,6 +269,7 @@ _TABLE = (
         tf32=82.6e12,
         float16=165.2e12,
         bandwidth=1.008e12,
+        multiprocessors=128,
         source="NVIDIA Ada GPU architecture whitepaper, dense, FP32 accumulate",
     ),
     _cuda(
@@ -257,6 +280,7 @@ _TABLE = (
         tf32=104.8e12,
         float16=209.5e12,
         bandwidth=1.792e12,
+        multiprocessors=170,
         workspace_bytes=_CUBLAS_LARGE_WORKSPACE_BYTES,
         source="NVIDIA RTX Blackwell GPU architecture whitepaper, dense, FP32 accumulate",
     ),
@@ -267,6 +291,7 @@ _TABLE = (
         tf32=653.7e12,
         float16=1307.4e12,
         bandwidth=5.3e12,
+        multiprocessors=304,
         workspace_bytes=_ROCM_WORKSPACE_BYTES,
         source="AMD Instinct MI300X accelerator data sheet",
     ),

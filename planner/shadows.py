@@ -17,6 +17,7 @@ from memfit.planner._compat import (
     DATA_DEPENDENT_ERRORS,
     FakeTensor,
     FakeTensorMode,
+    new_fake,
     reading_values,
     real_execution,
     run_fake,
@@ -58,10 +59,11 @@ class Shadows:
         )
 
     def set(self, fake: torch.Tensor, value: torch.Tensor) -> None:
-        """Gives ``fake`` a copy of a real value; large tensors go without."""
-        if value.numel() <= MAX_ELEMENTS and value.device.type == "cpu":
+        """Gives ``fake`` a copy of a real value, on the CPU; large tensors go without."""
+        if value.numel() <= MAX_ELEMENTS and value.device.type != "meta":
             with real_execution():
-                fake._memfit_shadow = value.detach().clone()  # type: ignore[attr-defined]
+                copied = value.detach().to("cpu", copy=True)
+            fake._memfit_shadow = copied  # type: ignore[attr-defined]
 
     def get(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The real value of ``tensor``, or None."""
@@ -88,7 +90,8 @@ class Shadows:
             if assumed:
                 self.assume()
             if known:
-                return self._marked(self.adopt(self._run_real(func, args, kwargs)), assumed)
+                made = self.adopt(self._run_real(func, args, kwargs), _device_of(tensors))
+                return self._marked(made, assumed)
             if self._shape_is_known(func, tensors):
                 return self._shaped(func, args, kwargs)
             return self._decide(func, args, error)
@@ -128,7 +131,8 @@ class Shadows:
         """
         with real_execution():
             real = func(*self._stood_in(args), **self._real(kwargs))
-        made = [torch.empty_like(t, device="cpu") for t in tensors_in(real)]
+        device = _device_of(tensors_in((args, kwargs)))
+        made = [torch.empty_like(t, device=device) for t in tensors_in(real)]
         return made[0] if isinstance(real, torch.Tensor) else type(real)(made)
 
     def _stood_in(self, value: Any) -> Any:
@@ -167,7 +171,11 @@ class Shadows:
 
     def _run_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with real_execution():
-            return func(*self._real(args), **self._real(kwargs))
+            args, kwargs = self._real(args), self._real(kwargs)
+            if func is _HISTC and not args[0].is_floating_point():
+                # Whole numbers are counted on CUDA alone; no CPU kernel does it.
+                return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+            return func(*args, **kwargs)
 
     def _real(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -180,14 +188,20 @@ class Shadows:
             return {key: self._real(v) for key, v in value.items()}
         return value
 
-    def adopt(self, value: Any) -> Any:
-        """``value`` with a fake tensor that knows its values in place of every real one."""
+    def adopt(self, value: Any, device: torch.device | None = None) -> Any:
+        """``value`` with a fake tensor that knows its values in place of every real one.
+
+        Fake tensors are on ``device``, or left out where the real ones are.
+        """
         if isinstance(value, torch.Tensor):
-            fake = self._mode.from_tensor(value)
+            if device is None or device == value.device:
+                fake = self._mode.from_tensor(value)
+            else:
+                fake = new_fake(self._mode, value, device)
             self.set(fake, value)
             return fake
         if isinstance(value, (tuple, list)):
-            return type(value)(self.adopt(v) for v in value)
+            return type(value)(self.adopt(v, device) for v in value)
         return value
 
 
@@ -239,6 +253,7 @@ class ReadsOfValues(TorchFunctionMode):
 
 _FOR_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
 _READS = (torch.Tensor.tolist, *_FOR_NUMPY)
+_HISTC = torch.ops.aten.histc.default
 _SHAPED_BY_MASKS = (torch.ops.aten.index.Tensor, torch.ops.aten.masked_select.default)
 _SHAPED_BY_WHOLE_NUMBERS = frozenset(
     {
@@ -270,6 +285,10 @@ def tensors_in(value: Any) -> Iterable[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def _device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _is_small(tensor: torch.Tensor) -> bool:

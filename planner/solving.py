@@ -83,13 +83,13 @@ class Task:
             step, regions, options, budget_bytes, target.device.allocation_bytes
         )
         task = Task(step, target, regions, options, problem, limits, budget_bytes)
-        return task._with_margin() if step.margin else task
+        return task._with_margin() if step.margin or target.slack_bytes else task
 
     def _with_margin(self) -> "Task":
-        """The task with a budget that leaves the step's margin free."""
+        """The task with a budget that leaves the step's margin and the device's slack free."""
         none = self.simulate(SOLVERS["none"](self.problem, self.limits))
         adds_bytes = none.timeline.peak_bytes - self.resident_bytes
-        margin = int(self.step.margin * adds_bytes)
+        margin = int(self.step.margin * adds_bytes) + self.target.slack_bytes
         within = replace(self.problem, budget_bytes=max(1, self.budget_bytes - margin))
         return replace(self, problem=within, margin_bytes=margin)
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from memfit.planner import devices
 from memfit.planner.budget import BudgetError, parse_budget
+from memfit.planner.cuda_workspace import with_cuda_workspace
 from memfit.planner.devices import Device
 from memfit.planner.step_graph import StepGraph
-from memfit.planner.workspace import with_cpu_workspace, with_cuda_workspace
+from memfit.planner.workspace import with_cpu_workspace
 
 # What the current GPU has free is not all for the step: fragments and other users of the driver.
 AUTO_MARGIN = 0.05
@@ -22,6 +23,11 @@ _NOMINAL_GPU = "a100-80gb"
 # Size of a saved CPU generator state, which torch.utils.checkpoint stores for each region. That of
 # a GPU is kept in host memory too.
 _CPU_RNG_STATE_BYTES = 5056
+# cuBLASLt, which adds biases to products, keeps this beside the buffer that it shares with cuBLAS.
+_CUBLASLT_BYTES = 2**20
+# Of a cached block the caching allocator leaves up to 1 MiB unsplit (kLargeBuffer's remainder in
+# c10/cuda/CUDACachingAllocator); on an H100 that came to 2.25 MiB at the peak of a step at most.
+_SLACK_BYTES = 4 * 2**20
 _AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -47,7 +53,15 @@ class Target:
         """
         if self.device.kind == "cpu":
             return with_cpu_workspace(step)
-        return with_cuda_workspace(step).beside_workspace(2 * self.device.workspace_bytes)
+        blas_bytes = self.device.workspace_bytes
+        if any(op.name.startswith("aten.addmm.") for op in step.ops):
+            blas_bytes += _CUBLASLT_BYTES
+        return with_cuda_workspace(step, self.device).beside_workspace(2 * blas_bytes)
+
+    @property
+    def slack_bytes(self) -> int:
+        """What a plan leaves free of its budget for what the allocator rounds up unforeseeably."""
+        return _SLACK_BYTES if self.device.kind == "cuda" else 0
 
     @property
     def is_present(self) -> bool:

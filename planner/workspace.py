@@ -155,60 +155,13 @@ def _with_true_results(step: StepGraph, made_bytes: Mapping[int, int]) -> tuple[
     return tuple(storages)
 
 
-def with_cuda_workspace(step: StepGraph) -> StepGraph:
-    """``step`` with the workspace of its ops on CUDA, as far as there is a rule."""
-    nodes = step.nodes()
-    ops = tuple(
-        replace(op, workspace_bytes=_of_flash_backward(nodes[index].args))
-        if op.name in _FLASH_BACKWARDS
-        else op
-        for index, op in enumerate(step.ops)
-    )
-    return replace(step, ops=ops)
-
-
-# What cuDNN takes is its own affair; its algorithm is the same and is counted alike.
-_FLASH_BACKWARDS = frozenset(
-    {
-        "aten._scaled_dot_product_flash_attention_backward.default",
-        "aten._scaled_dot_product_cudnn_attention_backward.default",
-    }
-)
-
-
-def _of_flash_backward(args: Any) -> int:
-    """``mha_bwd`` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, read 2026-11.
-
-    Its gradient of the queries adds up in float32. Where algorithms have to be deterministic, there
-    are several such sums, as many as the device's processors ask for; one is counted.
-    """
-    gradient, query, key, _, out = (node.meta for node in args[:5])
-    batch, heads, queries, head = query["shape"]
-    rows = batch * heads * _up(queries, 128)
-    floats = rows * (_up(head, 32 if head <= 128 else 64) + 1)
-    # Keys of fewer heads get a gradient for each head of the queries first.
-    expanded = 2 * batch * heads * key["shape"][2] * head if key["shape"][1] != heads else 0
-    # The kernel's order of dimensions: rows before heads.
-    copied = [meta for meta in (gradient, out) if not _is_contiguous(_heads_last(meta))]
-    halves = expanded * query["dtype"].itemsize + sum(_size(m, m["dtype"]) for m in copied)
-    return int(floats * torch.float32.itemsize + halves)
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _heads_last(meta: dict[str, Any]) -> dict[str, Any]:
-    return {name: [meta[name][i] for i in (0, 2, 1, 3)] for name in ("shape", "stride")}
-
-
 def _is_measured(node: fx.Node) -> bool:
     name = str(node.target)
     if name.startswith(_MEASURED_OPS):
         return True
     given = [n.meta for n in node.all_input_nodes]
     if name.startswith(_MEASURED_IF_STRIDED):
-        return not all(map(_is_contiguous, given))
+        return not all(map(is_contiguous, given))
     return name.startswith(_MATMULS) and (
         node.meta["dtype"] in _HALF or not all(map(_is_matrix, given))
     )
@@ -227,7 +180,7 @@ def _by_rule(node: fx.Node) -> int:
     if name == "aten.index.Tensor":
         return _of_masked_index(node)
     if name.startswith(_COPYING):
-        return sum(_size(t, t["dtype"]) for t in tensors if not _is_contiguous(t))
+        return sum(_size(t, t["dtype"]) for t in tensors if not is_contiguous(t))
     if name in ("aten.copy_.default", "aten.clone.default"):
         return _of_transposing(node.meta, tensors[-1])
     if name in _WITH_NUMBERS and len(tensors) == 1:
@@ -246,7 +199,7 @@ def _by_rule(node: fx.Node) -> int:
 
 def _of_layer_norm_backward(args: Any) -> int:
     gradient, source, shape, *_, wanted = args
-    copied = [node.meta for node in (gradient, source) if not _is_contiguous(node.meta)]
+    copied = [node.meta for node in (gradient, source) if not is_contiguous(node.meta)]
     # What each thread sums up for the gradients of weight and bias.
     sums = 2 * _threads() * torch.Size(shape).numel() * source.meta["dtype"].itemsize
     return sum(_size(meta, meta["dtype"]) for meta in copied) + (sums if any(wanted[1:]) else 0)
@@ -255,7 +208,7 @@ def _of_layer_norm_backward(args: Any) -> int:
 def _of_transposing(made: dict[str, Any], source: dict[str, Any]) -> int:
     """A large transposed matrix is copied through a buffer (``copy_transpose_valid``)."""
     shape, stride = source["shape"], source["stride"]
-    transposed = len(shape) == 2 and stride == (1, shape[0]) and _is_contiguous(made)
+    transposed = len(shape) == 2 and stride == (1, shape[0]) and is_contiguous(made)
     if not transposed or made["dtype"] != source["dtype"]:
         return 0
     block = _TRANSPOSED_BLOCK**2
@@ -277,7 +230,7 @@ def _of_masked_select(node: fx.Node) -> int:
     source, mask = (n.meta for n in node.all_input_nodes)
     shape: torch.Size = torch.broadcast_shapes(source["shape"], mask["shape"])  # type: ignore[no-untyped-call]
     count = shape.numel()
-    plain = source["shape"] == mask["shape"] and _is_contiguous(source) and _is_contiguous(mask)
+    plain = source["shape"] == mask["shape"] and is_contiguous(source) and is_contiguous(mask)
     if plain and (count < _GRAIN or _threads() == 1):
         return max(0, 8 * count + 8 - _size(node.meta, node.meta["dtype"]))
     return 16 * count
@@ -298,7 +251,8 @@ def _size(meta: dict[str, Any], dtype: torch.dtype) -> int:
     return torch.Size(meta["shape"]).numel() * dtype.itemsize
 
 
-def _is_contiguous(meta: dict[str, Any]) -> bool:
+def is_contiguous(meta: Mapping[str, Any]) -> bool:
+    """Whether a tensor of this shape and stride lies in one piece, in order."""
     expected = 1
     for size, stride in zip(reversed(meta["shape"]), reversed(meta["stride"]), strict=True):
         if size != 1 and stride != expected:

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.training import checkpoint_layers, keep_layers
 from memfit.integrations import ApplyError, apply
 from memfit.planner import InfeasibleBudget, Plan, plan
 from memfit.planner.capture import capture
@@ -313,15 +314,15 @@ def test_checkpointing_switched_on_before_or_after_is_no_silent_change(
     model, batch = make("llama")
     p = tight(model, batch)
     expected = gradients(model, batch)
-    model.activation_checkpointing_enable()
+    checkpoint_layers(model)
     with pytest.raises(ApplyError, match=r"activation_checkpointing_disable\(\)"):
         apply(p, model)
-    model.activation_checkpointing_disable()
+    keep_layers(model)
     with apply(p, model):
-        model.activation_checkpointing_enable()
+        checkpoint_layers(model)
         with pytest.raises(ApplyError, match="beside the plan"):
             model(**batch)
-        model.activation_checkpointing_disable()
+        keep_layers(model)
         assert equal(gradients(model, batch), expected)
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.training import checkpoint_layers
 from memfit.planner.capture import capture
 from memfit.planner.errors import CaptureError
 from memfit.planner.optimizers import optimizer_factory
@@ -246,7 +247,7 @@ def test_a_value_that_depends_on_activations_names_the_module() -> None:
 
 def test_checkpointing_that_is_switched_on_is_refused(make: Callable[..., Any]) -> None:
     model, batch = make("llama")
-    model.activation_checkpointing_enable()
+    checkpoint_layers(model)
     with pytest.raises(CaptureError, match=r"activation_checkpointing_disable\(\)"):
         capture(model, batch)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.coverage import Row, conclude
 
-from benchmarks.coverage import Row, conclude  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 FAMILIES = {
     "decoders": "bloom falcon gemma2 gpt2 gpt_neox gptj llama olmo2 opt phi3 qwen3 stablelm",

@@ -1,13 +1,9 @@
 """The small models of all classes of transformers: listed, built and trained for a step."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.zoo import ModelClass, NotBuildable, build, trainable_classes
 
