@@ -66,7 +66,7 @@ def measure(layers: int, shares: Sequence[float], seconds: float) -> Iterator[Ro
         if layers == 2 and share < LOWEST_OF_TWO:
             continue
         budget = round(share * peak)
-        outcome = Task.of(step, target, budget, Limits()).solve(AUTO)
+        outcome = Task.of(step, target, Limits()).within(budget).solve(AUTO)
         begin = time.perf_counter()
         best = checkmate.solve(graph, budget, Limits(gap=1e-3, seconds=seconds))
         took = time.perf_counter() - begin

@@ -34,6 +34,7 @@ from memfit.solvers import (
 TIGHTENINGS = 8
 # Of what checkpointing everything recomputes: from there on segments may be worth it.
 _NEARLY = 0.9
+_ANY_BYTES = 1 << 62
 _ALL_FITS = "everything fits, so that there was nothing to choose"
 
 
@@ -67,31 +68,27 @@ class Task:
     """The budget that was asked for."""
     segments: tuple[SegmentOption, ...] = ()
     margin_bytes: int = 0
-    """What the problem's budget leaves free of ``budget_bytes``."""
+    """What the step's guesses and the device's slack leave free of a budget."""
 
     @staticmethod
-    def of(
-        step: StepGraph,
-        target: Target,
-        budget_bytes: int,
-        limits: Limits,
-        selective: bool = True,
-    ) -> "Task":
+    def of(step: StepGraph, target: Target, limits: Limits, selective: bool = True) -> "Task":
+        """A task whose budget holds whatever the step needs."""
         regions = find_regions(step)
         options = find_options(step, regions, target.rng_state_bytes, offer_selective=selective)
-        problem = build_problem(
-            step, regions, options, budget_bytes, target.device.allocation_bytes
-        )
-        task = Task(step, target, regions, options, problem, limits, budget_bytes)
-        return task._with_margin() if step.margin or target.slack_bytes else task
+        rounded = target.device.allocation_bytes
+        problem = build_problem(step, regions, options, _ANY_BYTES, rounded)
+        task = Task(step, target, regions, options, problem, limits, _ANY_BYTES)
+        if not (step.margin or target.slack_bytes):
+            return task
+        none = task.simulate(SOLVERS["none"](problem, limits))
+        adds_bytes = none.timeline.peak_bytes - task.resident_bytes
+        return replace(task, margin_bytes=int(step.margin * adds_bytes) + target.slack_bytes)
 
-    def _with_margin(self) -> "Task":
-        """The task with a budget that leaves the step's margin and the device's slack free."""
-        none = self.simulate(SOLVERS["none"](self.problem, self.limits))
-        adds_bytes = none.timeline.peak_bytes - self.resident_bytes
-        margin = int(self.step.margin * adds_bytes) + self.target.slack_bytes
-        within = replace(self.problem, budget_bytes=max(1, self.budget_bytes - margin))
-        return replace(self, problem=within, margin_bytes=margin)
+    def within(self, budget_bytes: int) -> "Task":
+        """The task with another budget, of which the margin is left free."""
+        own_bytes = max(1, budget_bytes - self.margin_bytes)
+        problem = replace(self.problem, budget_bytes=own_bytes)
+        return replace(self, problem=problem, budget_bytes=budget_bytes)
 
     def with_segments(self) -> "Task":
         """The task that may choose segments, beside those options that do not depend on costs."""

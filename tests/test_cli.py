@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from memfit.integrations import cli, progress
+from memfit.integrations.commands import show
 from memfit.planner.document import Plan
 from memfit.planner.report import format_plan
 
@@ -422,7 +423,7 @@ def test_interruption_is_quiet(
     def interrupt(_: Plan) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "format_plan", interrupt)
+    monkeypatch.setattr(show, "format_plan", interrupt)
     assert cli.main(["show", str(plan_file)]) == 130
     assert capsys.readouterr() == ("", "")
 

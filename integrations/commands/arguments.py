@@ -1,0 +1,193 @@
+"""What the commands have in common: how their arguments read, and how a model is built from them.
+
+Depends on the solvers' names and the device table; torch is imported when a model is built.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from memfit.planner.devices import DEVICES
+from memfit.planner.errors import MemfitError
+from memfit.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memfit.planner import Batch
+
+
+class UsageError(MemfitError, ValueError):
+    """The command line cannot be understood or cannot be done."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and exit."""
+
+    def __init__(self, **options: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"formatter_class": layout, "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def add_model(parser: Parser) -> None:
+    """MODEL, as the commands that build one take it."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="local directory, config.json, model type such as bert or llama, or hub id",
+    )
+
+
+def build_model(options: argparse.Namespace) -> "nn.Module":
+    """The model that the arguments name, on meta."""
+    from memfit.integrations import models
+
+    return models.build_model(
+        options.model,
+        task=options.task,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def make_batch(options: argparse.Namespace) -> "Batch | None":
+    """The batch that the arguments describe; None for the default one."""
+    from memfit.planner import Batch
+
+    if options.batch_size is None and options.sequence_length is None:
+        return None
+    size = 1 if options.batch_size is None else options.batch_size
+    return Batch(size=size, length=options.sequence_length)
+
+
+def step_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of the training step, as ``prepare`` and ``plan`` take it."""
+    names = "optimizer device costs selective keep_outputs keep_gradients max_grad_norm autocast"
+    return {name: getattr(options, name) for name in names.split()}
+
+
+def check_writable(path: Path) -> None:
+    """Refuses what a plan cannot be written to, before the work begins."""
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no directory {path.parent}; make it first")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"cannot write {path}: it is not a file; name one, such as plan.json")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def add_workload(parser: Parser) -> None:
+    """The training step, but for the model."""
+    group = parser.add_argument_group("the training step")
+    group.add_argument("--batch-size", type=int, metavar="N", help="examples in a batch (1)")
+    group.add_argument(
+        "--sequence-length", type=int, metavar="N", help="tokens in an example (from the config)"
+    )
+    group.add_argument(
+        "--dtype", metavar="NAME", help="dtype of the weights, such as bfloat16 (the config's own)"
+    )
+    group.add_argument(
+        "--optimizer", metavar="NAME", help="adamw, sgd, ... (none: forward and backward only)"
+    )
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"cuda (the GPU of this machine) or one of {', '.join(DEVICES)}",
+    )
+    group.add_argument(
+        "--task", metavar="NAME", help="causal-lm, masked-lm, ... (what the config is made for)"
+    )
+    group.add_argument(
+        "--keep-outputs",
+        action="store_true",
+        help="plan for a loop that holds the model's outputs during the backward",
+    )
+    group.add_argument(
+        "--keep-gradients",
+        action="store_true",
+        help="plan for a step that adds to the gradients of earlier ones (accumulation)",
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=float,
+        metavar="NORM",
+        help="gradients are clipped to this norm before the optimizer step",
+    )
+    group.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="the forward runs under torch.autocast with this dtype",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run model code that comes with the config"
+    )
+    group.add_argument(
+        "--costs",
+        choices=("auto", "measured", "roofline"),
+        default="auto",
+        help="seconds from timing every distinct op on the device, or from the device table; auto: "
+        "measured if the device is here",
+    )
+    group.add_argument(
+        "--selective",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute op by op within regions too (default), or regions whole only",
+    )
+
+
+def add_solver(group: argparse._ArgumentGroup | Parser) -> None:
+    """Which solver, and when it may stop."""
+    group.add_argument(
+        "--solver",
+        choices=tuple(SOLVERS),
+        default="auto",
+        metavar="NAME",
+        help=f"one of {', '.join(SOLVERS)} (auto)",
+    )
+    group.add_argument(
+        "--gap",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="stop once the plan is proved to be this close to the best (0)",
+    )
+    group.add_argument(
+        "--time-limit",
+        type=_seconds,
+        default=20.0,
+        metavar="SECONDS",
+        help="stop with the best plan found after this long (20)",
+    )
+
+
+def add_debug(parser: Parser) -> None:
+    """``--debug``, which every command has."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda share: 0 <= share < 1, "a number from 0 to below 1")
+
+
+def _seconds(text: str) -> float:
+    return _number(text, lambda seconds: seconds > 0, "a number of seconds above 0")
+
+
+def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not allowed(value):  # no comparison is true of nan
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value

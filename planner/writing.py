@@ -1,0 +1,110 @@
+"""Writes a solved step down as a plan document. Depends on the planner's records."""
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from memfit.planner import document
+from memfit.planner.options import RegionOption
+from memfit.planner.peak import describe_peak
+from memfit.planner.preparing import Prepared
+from memfit.planner.regions import Region
+from memfit.planner.solving import Outcome, Task
+from memfit.planner.step_graph import StepGraph
+from memfit.solvers import SOLVERS, Solution
+
+
+def write_plan(prepared: Prepared, outcome: Outcome) -> document.Plan:
+    """The plan that ``outcome`` is, with the figures of the simulator."""
+    task, solution = outcome.task, outcome.solution
+    none, full = (task.simulate(SOLVERS[name](task.problem)) for name in ("none", "full"))
+    peak = describe_peak(task.step, task.regions, outcome.timeline)
+    seconds = task.step.seconds
+    workload = prepared.workload
+    if solution.note:
+        note = f"solved by {solution.solver}: {solution.note}"
+        workload = replace(workload, notes=(*workload.notes, note))
+    return document.Plan(
+        made_with=document.MadeWith(
+            _version("memfit") or "unknown", torch.__version__, _version("transformers")
+        ),
+        model=prepared.model,
+        workload=workload,
+        budget_bytes=task.budget_bytes,
+        predicted=document.Predicted(
+            peak_bytes=outcome.timeline.peak_bytes,
+            peak_at=peak.where,
+            resident_bytes=task.resident_bytes,
+            step_seconds=seconds + solution.recompute_seconds,
+            recompute_seconds=solution.recompute_seconds,
+            overhead=_share(solution.recompute_seconds, seconds),
+            unplanned_peak_bytes=none.timeline.peak_bytes,
+            unplanned_step_seconds=seconds,
+            alive_at_peak=peak.alive_bytes,
+        ),
+        solver=document.SolverReport(
+            solution.solver, solution.status.value, solution.gap, solution.solve_seconds
+        ),
+        regions=_regions(task, solution),
+        baselines=tuple(_baseline(o, seconds) for o in (none, full)),
+    )
+
+
+def _regions(task: Task, solution: Solution) -> tuple[document.RegionPlan, ...]:
+    again = {
+        r: seconds
+        for segment in task.segments_of(solution)
+        for r, seconds in enumerate(segment.seconds, segment.first)
+    }
+    regions = []
+    for r, c in enumerate(solution.choices):
+        if lead := task.options[r][c].lead:
+            regions.append(document.RegionPlan(lead, "selective", (), 0, 0, 0.0))
+        regions.append(_region(task, r, c, again.get(r, 0.0)))
+    return tuple(regions)
+
+
+def _region(task: Task, index: int, choice: int, again: float) -> document.RegionPlan:
+    region, options = task.regions[index], task.options[index]
+    stored = [_stored_bytes(task.step, region, o) for o in options]
+    return document.RegionPlan(
+        name=region.name,
+        action=options[choice].action,
+        keep=options[choice].keep,
+        stored_bytes=stored[choice],
+        freed_bytes=stored[0] - stored[choice],
+        recompute_seconds=options[choice].recompute_seconds + again,
+        kept_because=region.kept_because,
+        recompute=options[choice].recompute,
+        recompute_input=options[choice].recompute_input,
+    )
+
+
+def _stored_bytes(step: StepGraph, region: Region, option: RegionOption) -> int:
+    held = (
+        step.storages[s].size_bytes
+        for s, until in option.effect.holds.items()
+        if until > region.stop and not step.storages[s].kind.resident
+    )
+    return sum(held) + sum(size for size, _, _ in option.effect.extra)
+
+
+def _baseline(outcome: Outcome, unplanned_seconds: float) -> document.Baseline:
+    solution = outcome.solution
+    return document.Baseline(
+        solution.solver,
+        outcome.timeline.peak_bytes,
+        _share(solution.recompute_seconds, unplanned_seconds),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
