@@ -24,11 +24,13 @@ def find_options(
     rng_state_bytes: int,
     *,
     offer_selective: bool = True,
+    gathered: Sequence[str] = (),
 ) -> tuple[tuple[RegionOption, ...], ...]:
     """For each region: keep first, then checkpoint and the selective options if it may recompute.
 
     ``rng_state_bytes`` is the size of a saved generator state. Options of which the solver's
-    smallest budget is made (``lean``) come before others.
+    smallest budget is made (``lean``) come before others. What lies in modules of ``gathered`` does
+    not run in the backward of others.
     """
     limit = max(_FEWEST, min(_MOST, _IN_ALL // max(1, len(regions))))
     programs: list[RegionProgram | None] = [None] * len(regions)
@@ -45,6 +47,8 @@ def find_options(
             if compiled.program not in known:
                 known[compiled.program] = _sets(step, region, compiled, rng_state_bytes, limit)
             lead = leads_to(step, regions, r)
+            if lead and any(f"{lead.name}.".startswith(f"{name}.") for name in gathered):
+                lead = None
             for kept, lean in known[compiled.program].items():
                 options += _selective(step, region, compiled, kept, rng_state_bytes, lean, lead)
         found.append(tuple(options))

@@ -7,7 +7,7 @@ eager autograd saves; tracers and joint graphs report others. Depends on the rec
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,6 +54,7 @@ def capture(
     keep_gradients: bool = False,
     autocast: torch.dtype | None = None,
     modes: Callable[[], Sequence[Any]] = tuple,
+    shards: int = 1,
     repeats: bool = True,
 ) -> StepGraph:
     """Records one training step of ``model`` on ``batch`` (a dict or a tuple of arguments).
@@ -62,14 +63,17 @@ def capture(
     outputs until the end of the step as a caller who keeps them in a variable does; with
     ``keep_gradients`` those of earlier steps are there and are added to; the forward runs under
     ``torch.autocast`` with the dtype ``autocast``; ``modes`` makes contexts to enter around the
-    step (kernels of another device): of what dispatch modes do, the result is recorded; ``repeats``
+    step (kernels of another device): of what dispatch modes do, the result is recorded; ``shards``
+    is how many processes share the parameters, of which the optimizer updates one; ``repeats``
     records layers that are alike once, which gives the same graph sooner.
 
     Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
     tensors cannot know.
     """
     _refuse_checkpointing(model)
-    step = partial(_Step, model, batch, optimizer, keep_outputs, keep_gradients, autocast, modes)
+    step = partial(
+        _Step, model, batch, optimizer, keep_outputs, keep_gradients, autocast, modes, shards
+    )
     if repeats:
         with suppress(NotRepeatable):
             return step(repeats=True).record()
@@ -87,6 +91,7 @@ class _Step:
     keep_gradients: bool
     autocast: torch.dtype | None
     modes: Callable[[], Sequence[Any]]
+    shards: int
     repeats: bool
     small_caches: set[Callable[..., Any]] = field(default_factory=set)
     """Functions whose caches hold less than a step asks for, as far as is known."""
@@ -148,9 +153,14 @@ class _Step:
         parameters = [p for p in twin.parameters() if p.requires_grad]
         with ExitStack() as stack:
             stack.enter_context(mode)
-            update = self.optimizer.ready(twin, recorder) if self.optimizer else None
+            updated = dict(twin.named_parameters(remove_duplicate=False))
+            if self.shards > 1:
+                updated = _first_shards(updated, self.shards, recorder)
+            update = self.optimizer.ready(updated, recorder) if self.optimizer else None
+            if update and self.shards > 1:
+                _give_gradients(updated.values(), recorder, Kind.GRADIENT)
             if self.keep_gradients:
-                _give_gradients(parameters, recorder)
+                _give_gradients(parameters, recorder, Kind.KEPT_GRADIENT)
             for context in (*self.modes(), recorder, ReadsOfValues(recorder.shadows)):
                 stack.enter_context(context)
             hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, recorder.unpack)
@@ -172,11 +182,27 @@ class _Step:
         return note
 
 
-def _give_gradients(parameters: Sequence[torch.Tensor], recorder: Recorder) -> None:
+def _give_gradients(parameters: Iterable[torch.Tensor], recorder: Recorder, kind: Kind) -> None:
     with FakeOps():  # type: ignore[no-untyped-call]
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-            recorder.add_resident(parameter.grad, Kind.KEPT_GRADIENT)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                recorder.add_resident(parameter.grad, kind)
+
+
+def _first_shards(
+    named: Mapping[str, nn.Parameter], shards: int, recorder: Recorder
+) -> dict[str, nn.Parameter]:
+    """What the first of several processes holds of each parameter: no other one holds more."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    with FakeOps():  # type: ignore[no-untyped-call]
+        for whole in named.values():
+            if whole not in made:
+                rows = -(-whole.shape[0] // shards)
+                shard = whole.detach().new_empty((rows, *whole.shape[1:]))
+                made[whole] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+                recorder.add_resident(made[whole], Kind.PARAMETER)
+    return {name: made[whole] for name, whole in named.items()}
 
 
 def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn.Module:

@@ -62,6 +62,10 @@ class Workload:
     """Whether gradients of earlier steps are there when the step begins."""
     max_grad_norm: float | None = None
     """To what gradients are clipped before the optimizer step."""
+    sharding: str | None = None
+    """How the step is spread over processes: ``ddp``, ``fsdp2``, or not."""
+    world_size: int = 1
+    """Over how many; the batch and all bytes are those of one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ agree. Depends on torch.
 
 import hashlib
 import json
+import sys
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,7 @@ def fingerprint(model: nn.Module) -> str:
     """Hashes of class, parameters, trainable set and config, as ``class:..-parameters:..``."""
     named = list(model.named_parameters(remove_duplicate=False))
     parts = {
-        "class": type(model).__qualname__,
+        "class": _unsharded_class(model).__qualname__,
         "parameters": [(n, list(p.shape), str(p.dtype)) for n, p in named],
         "training": [n for n, p in named if p.requires_grad],
         "config": _config(model),
@@ -52,6 +53,13 @@ def differences(expected: str, found: str) -> list[str]:
         dict(p.split(":", 1) for p in text.split("-") if ":" in p) for text in (expected, found)
     )
     return [words for name, words in _PARTS.items() if a.get(name) != b.get(name)]
+
+
+def _unsharded_class(model: nn.Module) -> type:
+    """The class of a model; ``fully_shard`` makes an FSDPModule of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = getattr(fsdp, "FSDPModule", ())
+    return next(c for c in type(model).__mro__ if not issubclass(c, sharded))
 
 
 def _hash(value: Any) -> str:

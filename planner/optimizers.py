@@ -5,7 +5,7 @@ Depends on torch.optim. An optimizer is made anew for the fake parameters; one s
 so that the captured one is a step of the steady state with all state allocated.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,11 +45,13 @@ class OptimizerFactory:
     max_grad_norm: float | None = None
     """To what the gradients are clipped first."""
 
-    def ready(self, twin: nn.Module, recorder: Recorder) -> torch.optim.Optimizer:
-        """The optimizer after its first step, its state declared resident. Runs on fake tensors."""
-        named = dict(twin.named_parameters(remove_duplicate=False))
+    def ready(self, named: Mapping[str, nn.Parameter], recorder: Recorder) -> torch.optim.Optimizer:
+        """The optimizer of fake parameters after its first step, its state declared resident.
+
+        ``named`` holds shared ones under each of their names.
+        """
         if self.groups is None:
-            groups = [{"params": [p for p in twin.parameters() if p.requires_grad]}]
+            groups = [{"params": [p for p in dict.fromkeys(named.values()) if p.requires_grad]}]
         else:
             groups = [
                 {**options, "params": [named[n] for n in names]} for names, options in self.groups

@@ -3,6 +3,7 @@
 Depends on the rest of the planner.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def plan(
     keep_gradients: bool = False,
     max_grad_norm: float | None = None,
     autocast: str | torch.dtype | None = None,
+    sharding: str | None = None,
+    world_size: int = 1,
+    wrap: Sequence[str] | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -77,6 +81,13 @@ def plan(
     autocast
         ``"bfloat16"`` or ``"float16"`` when the forward runs under ``torch.autocast`` with that
         dtype. Left out, what is switched on around the call of ``plan``.
+    sharding, world_size
+        How the step is spread over processes, and over how many: ``"ddp"``, or ``"fsdp2"`` for a
+        model of which every layer and then the model itself is given to ``fully_shard``. The batch,
+        the budget and all figures are those of one process. What communication takes is not in
+        the seconds.
+    wrap
+        Class names of the layers, where they are others than ``_no_split_modules`` of the model.
     selective
         Offer the action ``selective``: keep some activations of a region and recompute the others
         op by op. Without it regions are kept or checkpointed whole.
@@ -111,6 +122,9 @@ def plan(
         keep_gradients=keep_gradients,
         max_grad_norm=max_grad_norm,
         autocast=autocast,
+        sharding=sharding,
+        world_size=world_size,
+        wrap=wrap,
         selective=selective,
         gap=gap,
         time_limit_seconds=time_limit_seconds,

@@ -5,7 +5,7 @@ planner but for ``planning``, which solves what is prepared here.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from memfit.planner.fingerprint import fingerprint
 from memfit.planner.measuring import measured_seconds
 from memfit.planner.optimizers import optimizer_factory
 from memfit.planner.shadows import tensors_in
+from memfit.planner.sharding import read_sharding
 from memfit.planner.solving import Task
 from memfit.planner.step_graph import StepGraph
 from memfit.planner.target import Target, find_target
@@ -66,6 +67,9 @@ def prepare(
     keep_gradients: bool = False,
     max_grad_norm: float | None = None,
     autocast: str | torch.dtype | None = None,
+    sharding: str | None = None,
+    world_size: int = 1,
+    wrap: Sequence[str] | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -75,6 +79,7 @@ def prepare(
     check_types(model, batch, device)
     say = progress or (lambda _: None)
     target = find_target(model, device)
+    spread = read_sharding(sharding, world_size, wrap, model)
     arguments, batch_note = _arguments(model, batch)
     on_gpu = target.device.kind == "cuda"
     factory = optimizer_factory(optimizer, model, foreach=on_gpu, max_grad_norm=max_grad_norm)
@@ -85,12 +90,15 @@ def prepare(
         arguments,
         optimizer=factory,
         keep_outputs=keep_outputs,
-        keep_gradients=keep_gradients,
+        keep_gradients=keep_gradients and spread.shards == 1,
         autocast=cast_to,
         modes=target.modes,
+        shards=spread.shards,
     )
     step = target.with_workspace(step)
     step, costs = _priced(step, target, costs, say)
+    stages = target.device.kind == "cpu"  # gloo's collectives do, NCCL's do not
+    step = spread.over(step, model, keep_gradients=keep_gradients, stages=stages)
     say("finding regions and what they can keep")
     limits = Limits(0.0, time_limit_seconds, gap * step.seconds)
     notes = (batch_note, *target.notes, *step.notes, cache_note(model))
@@ -103,9 +111,12 @@ def prepare(
         keep_gradients=keep_gradients,
         max_grad_norm=max_grad_norm,
         autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
+        sharding=spread.kind,
+        world_size=spread.world_size,
         notes=tuple(filter(None, notes)),
     )
-    return Prepared(Task.of(step, target, limits, selective), _model(model), workload)
+    task = Task.of(step, target, limits, selective, gathered=spread.layers)
+    return Prepared(task, _model(model), workload)
 
 
 def _priced(step: StepGraph, target: Target, costs: str, say: Progress) -> tuple[StepGraph, str]:

@@ -9,7 +9,7 @@ Depends on networkx for the dataflow.
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import networkx as nx
@@ -44,14 +44,17 @@ class Region:
     """Why it can only be kept; empty when it can be recomputed."""
 
 
-def find_regions(step: StepGraph) -> tuple[Region, ...]:
-    """Regions of the step in forward order; they do not overlap."""
+def find_regions(step: StepGraph, gathered: Sequence[str] = ()) -> tuple[Region, ...]:
+    """Regions of the step in forward order; they do not overlap.
+
+    ``gathered`` are modules whose parameters are there in their own forward and backward only.
+    """
     tree = _CallTree(step)
     calls = sorted(tree.choose(0), key=lambda c: step.calls[c].start) if step.calls else []
     kinds: dict[object, int] = {}
     times = Counter(call.module for call in step.calls)
     times.subtract(step.calls[call].module for call in calls)
-    return tuple(
+    found = [
         _region(
             step,
             call,
@@ -59,7 +62,11 @@ def find_regions(step: StepGraph) -> tuple[Region, ...]:
             times[step.calls[call].module],
         )
         for call in calls
-    )
+    ]
+    for r, region in enumerate(found):
+        if inner := [name for name in gathered if name.startswith(f"{region.name}.")]:
+            found[r] = replace(region, kept_because=f"the weights of {inner[0]} are gathered apart")
+    return tuple(found)
 
 
 def find_lead(step: StepGraph, regions: Sequence[Region], storage: int) -> Region | None:

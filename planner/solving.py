@@ -4,6 +4,7 @@ A choice whose simulated peak misses the budget is solved again, tighter, and ne
 Depends on the planner's records and on the solvers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from memfit.planner.actions import find_options
@@ -67,17 +68,31 @@ class Task:
     budget_bytes: int
     """The budget that was asked for."""
     segments: tuple[SegmentOption, ...] = ()
+    offers_segments: bool = True
+    """Whether several regions may be recomputed together."""
     margin_bytes: int = 0
     """What the step's guesses and the device's slack leave free of a budget."""
 
     @staticmethod
-    def of(step: StepGraph, target: Target, limits: Limits, selective: bool = True) -> "Task":
-        """A task whose budget holds whatever the step needs."""
-        regions = find_regions(step)
-        options = find_options(step, regions, target.rng_state_bytes, offer_selective=selective)
+    def of(
+        step: StepGraph,
+        target: Target,
+        limits: Limits,
+        selective: bool = True,
+        gathered: Sequence[str] = (),
+    ) -> "Task":
+        """A task whose budget holds whatever the step needs.
+
+        ``gathered`` are modules whose parameters are whole in their own forward and backward only.
+        """
+        regions = find_regions(step, gathered)
+        options = find_options(
+            step, regions, target.rng_state_bytes, offer_selective=selective, gathered=gathered
+        )
         rounded = target.device.allocation_bytes
         problem = build_problem(step, regions, options, _ANY_BYTES, rounded)
         task = Task(step, target, regions, options, problem, limits, _ANY_BYTES)
+        task = replace(task, offers_segments=not gathered)
         if not (step.margin or target.slack_bytes):
             return task
         none = task.simulate(SOLVERS["none"](problem, limits))
@@ -113,6 +128,11 @@ class Task:
         """
         if solver not in SOLVERS:
             raise SolverError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+        if solver in NESTED and not self.offers_segments:
+            raise SolverError(
+                f"the solver {solver!r} recomputes several regions together, for which FSDP2 does "
+                "not gather the weights; use 'auto'"
+            )
         task = self.with_segments() if solver in NESTED else self
         try:
             outcome = task._solve(solver)
@@ -129,6 +149,8 @@ class Task:
 
     def _may_need_segments(self, outcome: Outcome | None) -> bool:
         """Whether nothing fits that could, or only what recomputes nearly everything."""
+        if not self.offers_segments:
+            return False
         if outcome is None:
             unavoidable = max((m.base_bytes for m in self.problem.moments), default=0)
             return minimise_peak(self.lean_problem(), self.limits).peak_bytes > unavoidable

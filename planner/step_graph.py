@@ -39,6 +39,9 @@ class Kind(Enum):
     KEPT_GRADIENT = "gradient of earlier steps"
     ACTIVATION = "activation"
     NUMBER = "Python number"
+    BUCKET = "gradient bucket"
+    WHOLE_PARAMETER = "gathered parameter"
+    COLLECTIVE = "buffer of a collective"
 
     @property
     def resident(self) -> bool:
@@ -46,7 +49,9 @@ class Kind(Enum):
         return self in _RESIDENT
 
 
-_RESIDENT = frozenset(Kind) - {Kind.GRADIENT, Kind.ACTIVATION, Kind.NUMBER}
+_RESIDENT = frozenset(Kind) - {
+    Kind.GRADIENT, Kind.ACTIVATION, Kind.NUMBER, Kind.WHOLE_PARAMETER, Kind.COLLECTIVE
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LEAVING = str(Path(__file__).parent / "leave_at_once.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LEAVING)
 
 
 def run(name: str, *options: str, launcher: tuple[str, ...] = ()) -> tuple[str, str]:
@@ -38,5 +39,11 @@ def test_the_trainer_with_adapters() -> None:
     assert planned == run("trainer.py", "--without", launcher=TORCHRUN)[0]
 
 
+def test_two_processes_with_fsdp2() -> None:
+    planned, output = run("fsdp.py", launcher=TORCHRUN)
+    assert output.count("planned peak") == 2 and " 0.0% more" not in output
+    assert planned == run("fsdp.py", "--without", launcher=TORCHRUN)[0]
+
+
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"loop.py", "trainer.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"fsdp.py", "loop.py", "trainer.py"}

@@ -72,6 +72,7 @@ def make_batch(options: argparse.Namespace) -> "Batch | None":
 def step_options(options: argparse.Namespace) -> dict[str, Any]:
     """What the arguments say of the training step, as ``prepare`` and ``plan`` take it."""
     names = "optimizer device costs selective keep_outputs keep_gradients max_grad_norm autocast"
+    names += " sharding world_size wrap"
     return {name: getattr(options, name) for name in names.split()}
 
 
@@ -126,6 +127,15 @@ def add_workload(parser: Parser) -> None:
         "--autocast",
         choices=("bfloat16", "float16"),
         help="the forward runs under torch.autocast with this dtype",
+    )
+    group.add_argument(
+        "--sharding",
+        choices=("ddp", "fsdp2"),
+        help="how the step is spread over processes; batch and budget are those of one",
+    )
+    group.add_argument("--world-size", type=int, default=1, metavar="N", help="processes (1)")
+    group.add_argument(
+        "--wrap", action="append", metavar="CLASS", help="class of the layers that FSDP2 shards"
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with the config"

@@ -1,0 +1,376 @@
+"""What one of several processes holds: the buckets of DDP, and the shards and collectives of FSDP2.
+
+FSDP2 keeps a shard of every parameter. Around the forward and the backward of a group (a module
+that ``fully_shard`` was called on, less the groups within it) the whole parameters are gathered,
+the next group's ahead of time in the backward; afterwards its gradients are reduced to shards
+(torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py). None of this are ops of the model, so it
+is laid over the captured step as storages of their own. Depends on the step's records and torch.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import nn
+
+from memfit.planner.errors import MemfitError
+from memfit.planner.step_graph import Kind, Op, Phase, Saved, StepGraph, Storage
+
+DDP, FSDP2 = "ddp", "fsdp2"
+
+
+class ShardingError(MemfitError, ValueError):
+    """A way to train in several processes that cannot be planned for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a step is spread over processes."""
+
+    kind: str | None
+    """``"ddp"``, ``"fsdp2"``, or None in one process."""
+    world_size: int
+    layers: tuple[str, ...] = ()
+    """FQNs of the modules that ``fully_shard`` is called on, the model itself aside."""
+
+    @property
+    def shards(self) -> int:
+        """Into how many pieces each parameter is cut."""
+        return self.world_size if self.kind == FSDP2 else 1
+
+    def over(
+        self, step: StepGraph, model: nn.Module, *, keep_gradients: bool, stages: bool
+    ) -> StepGraph:
+        """The step of one process, from that of one alone."""
+        if self.kind == DDP:
+            return _with_buckets(step, model)
+        if self.kind == FSDP2:
+            groups = find_groups(model, self.layers, self.world_size)
+            return _Layout(step, groups, self.world_size, keep_gradients, stages).result()
+        return step
+
+
+def read_sharding(
+    sharding: str | None, world_size: int, wrap: Sequence[str] | None, model: nn.Module
+) -> Sharding:
+    """Reads the arguments ``sharding``, ``world_size`` and ``wrap`` of ``plan``."""
+    if sharding not in (None, DDP, FSDP2):
+        raise ShardingError(f"unknown sharding {sharding!r}; known are {DDP!r} and {FSDP2!r}")
+    if world_size < 1 or (world_size > 1) != (sharding is not None):
+        raise ShardingError(
+            f"world_size is {world_size} and sharding {sharding!r}; several processes need both, "
+            "such as world_size=8, sharding='fsdp2', and one process neither"
+        )
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ShardingError(
+            f"{type(model).__name__} is sharded already; plan for the model as it is before "
+            "fully_shard() and apply the plan to it before or after, at will"
+        )
+    if wrap is not None and sharding != FSDP2:
+        raise ShardingError("wrap names the layers that FSDP2 shards; pass sharding='fsdp2' too")
+    return Sharding(sharding, world_size, tuple(_layers(model, wrap)) if sharding == FSDP2 else ())
+
+
+def _layers(model: nn.Module, wrap: Sequence[str] | None) -> list[str]:
+    """FQNs of the outermost modules of the classes ``wrap``.
+
+    By default those that transformers does not split over devices, where there are several of one.
+    """
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        names.setdefault(type(module).__name__, []).append(name)
+    if wrap is None:
+        kept_whole = getattr(model, "_no_split_modules", None) or ()
+        wrap = [cls for cls in kept_whole if len(names.get(cls, ())) > 1]
+    if unknown := [cls for cls in wrap if cls not in names]:
+        raise ShardingError(f"{type(model).__name__} has no module of the class {unknown[0]!r}")
+    if not wrap:
+        raise ShardingError(
+            f"{type(model).__name__} does not say which of its modules are layers "
+            "(_no_split_modules); name their classes, such as wrap=['LlamaDecoderLayer']"
+        )
+    found = [name for cls in wrap for name in names[cls]]
+    return [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+
+
+# -- groups --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are gathered together."""
+
+    module: str
+    """FQN; empty for the model, which holds what no other group does."""
+    sizes_bytes: tuple[int, ...]
+    """Of each parameter, padded so that it can be cut into shards of one size."""
+    trainable_bytes: int
+    """Padded, of those that get a gradient."""
+
+    @property
+    def all_bytes(self) -> int:
+        """Of all its parameters, padded."""
+        return sum(self.sizes_bytes)
+
+
+def find_groups(model: nn.Module, layers: Sequence[str], world_size: int) -> tuple[Group, ...]:
+    """The model's own group and those of its layers."""
+    owned: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *layers)}
+    for name, parameter in model.named_parameters():
+        owner = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
+        owned[owner].append(parameter)
+    return tuple(_group(name, own, world_size) for name, own in owned.items() if own)
+
+
+def _group(module: str, parameters: Sequence[nn.Parameter], world_size: int) -> Group:
+    padded = {p: _padded_bytes(p, world_size) for p in parameters}
+    trainable = sum(size for p, size in padded.items() if p.requires_grad)
+    return Group(module, tuple(padded.values()), trainable)
+
+
+def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
+    if parameter.dim() == 0:
+        raise ShardingError("FSDP2 cannot shard a parameter without dimensions; plan for 'ddp'")
+    rows = -(-parameter.shape[0] // world_size) * world_size
+    return rows * parameter[0].numel() * parameter.element_size()
+
+
+# -- DDP -----------------------------------------------------------------------------------------
+
+
+def _with_buckets(step: StepGraph, model: nn.Module) -> StepGraph:
+    """DDP copies gradients into buckets, which it holds (``gradient_as_bucket_view=False``)."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return replace(step, storages=(*step.storages, Storage(size, Kind.BUCKET, -1, len(step.ops))))
+
+
+# -- FSDP2 ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A call of a group's module. Clocks of the first op and after the last."""
+
+    group: Group
+    start: int
+    stop: int
+    backward_start: int
+    backward_stop: int
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Collective:
+    """An op of FSDP2's own, which runs at a clock of the step."""
+
+    name: str
+    clock: int
+    phase: Phase
+    call: int
+    workspace_bytes: int = 0
+
+    def as_op(self) -> Op:
+        own = self.workspace_bytes
+        return Op(
+            self.name, self.phase, self.call, self.name, (), (), (), False, "", 0, 0, 0.0, own
+        )
+
+
+class _Layout:
+    """Lays what FSDP2 does over the step of one process alone.
+
+    ``stages`` says that collectives have buffers of their own, as those of gloo have.
+    """
+
+    def __init__(
+        self,
+        step: StepGraph,
+        groups: Sequence[Group],
+        world_size: int,
+        keep_gradients: bool,
+        stages: bool,
+    ) -> None:
+        self._step = step
+        self._groups = groups
+        self._world_size = world_size
+        self._keeps_gradients = keep_gradients
+        self._stages = stages
+        phases = [op.phase for op in step.ops]
+        self._forward_end = phases.index(Phase.BACKWARD)
+        self._backward_end = len(phases) - phases[::-1].index(Phase.BACKWARD)
+        self._collectives: list[_Collective] = []
+        self._laid: list[tuple[int, Kind, _Collective, _Collective | int]] = []
+        """Bytes, kind, what allocates them and what, or which clock, frees them before it."""
+        self._reductions: list[tuple[_Span, _Collective]] = []
+
+    def result(self) -> StepGraph:
+        """The step with shards for parameters, and whole ones while they are gathered."""
+        spans = self._spans()
+        self._lay_forward(spans)
+        self._lay_backward(spans)
+        moved = _Moved(self._step, sorted(self._collectives, key=lambda c: c.clock))
+        own = [self._own(old, new, moved) for old, new in zip(
+            self._step.storages, moved.storages(), strict=True)]  # fmt: skip
+        laid = [
+            Storage(size, kind, moved.place(by), moved.place(until))
+            for size, kind, by, until in self._laid
+        ]
+        return replace(moved.step(), storages=(*own, *self._residents(moved), *laid))
+
+    # -- when groups are whole -------------------------------------------------------------------
+
+    def _spans(self) -> list[_Span]:
+        """In forward order, the model's own group first, which is whole until the backward ends."""
+        by_name = {group.module: group for group in self._groups}
+        called = ((i, c.module) for i, c in enumerate(self._step.calls) if c.module in by_name)
+        found = [self._span(by_name[module], index) for index, module in called]
+        return sorted(found, key=lambda span: (span.start, -span.stop))
+
+    def _span(self, group: Group, index: int) -> _Span:
+        end = self._backward_end
+        if not group.module:
+            return _Span(group, 0, end, self._forward_end, end, index)
+        call = self._step.calls[index]
+        used = [s for i in call.saved if (s := self._step.saved[i]).unpacked is not None]
+        start = min((s.unpacked for s in used if s.unpacked is not None), default=end)
+        stop = max((s.released for s in used), default=end)
+        return _Span(group, call.start, call.stop, start, stop, index)
+
+    def _run(self, name: str, clock: int, phase: Phase, span: _Span, staged: int) -> _Collective:
+        own = staged if self._stages else 0
+        self._collectives.append(_Collective(f"fsdp.{name}", clock, phase, span.call, own))
+        return self._collectives[-1]
+
+    def _gather(self, span: _Span, clock: int, phase: Phase) -> _Collective:
+        return self._run("all_gather", clock, phase, span, span.group.all_bytes)
+
+    def _copy_out(self, span: _Span, clock: int, until: int, phase: Phase) -> _Collective:
+        copied = self._run("copy_out", clock, phase, span, 0)
+        for size in span.group.sizes_bytes:
+            self._laid.append((size, Kind.WHOLE_PARAMETER, copied, until))
+        return copied
+
+    def _lay_forward(self, spans: Sequence[_Span]) -> None:
+        """What a group is gathered into is freed when the next one has been gathered."""
+        gathered: tuple[int, _Collective] | None = None
+        for span in spans:
+            gather = self._gather(span, span.start, Phase.FORWARD)
+            copied = self._copy_out(span, span.start, span.stop, Phase.FORWARD)
+            if gathered is not None:
+                self._laid.append((gathered[0], Kind.COLLECTIVE, gathered[1], copied))
+            gathered = span.group.all_bytes, gather
+        if gathered is not None:
+            self._laid.append((gathered[0], Kind.COLLECTIVE, gathered[1], self._forward_end))
+
+    def _lay_backward(self, spans: Sequence[_Span]) -> None:
+        """The next group is gathered ahead; what gradients are reduced from goes when the next's
+        are."""
+        run = [s for s in spans if s.group.module and s.backward_start < self._backward_end]
+        run.sort(key=lambda span: span.backward_start)
+        ahead = self._gather(run[0], self._forward_end, Phase.BACKWARD) if run else None
+        reduced: tuple[int, _Collective] | None = None
+        for span, following in pairwise((*run, None)):
+            assert span and ahead
+            self._copy_out(span, span.backward_start, span.backward_stop, Phase.BACKWARD)
+            freed: _Collective | int = span.backward_start
+            gathered = ahead
+            if following is not None:
+                ahead = freed = self._gather(following, span.backward_start, Phase.BACKWARD)
+            self._laid.append((span.group.all_bytes, Kind.COLLECTIVE, gathered, freed))
+            reduced = self._reduce(span, reduced)
+        own = next((span for span in spans if not span.group.module), None)
+        last = self._reduce(own, reduced) if own else reduced
+        if last is not None:
+            self._laid.append((last[0], Kind.COLLECTIVE, last[1], self._backward_end))
+
+    def _reduce(
+        self, span: _Span, before: tuple[int, _Collective] | None
+    ) -> tuple[int, _Collective] | None:
+        """Reduces the gradients of a group; ``before`` is what the last reduction still holds."""
+        size = span.group.trainable_bytes
+        if not size:
+            return before
+        copied = self._run("copy_in", span.backward_stop, Phase.BACKWARD, span, 0)
+        if before is not None:
+            self._laid.append((before[0], Kind.COLLECTIVE, before[1], copied))
+        scatter = self._run("reduce_scatter", span.backward_stop, Phase.BACKWARD, span, size)
+        until = span.backward_stop if self._keeps_gradients else len(self._step.ops)
+        self._laid.append((size // self._world_size, Kind.GRADIENT, scatter, until))
+        self._reductions.append((span, scatter))
+        return size, copied
+
+    # -- storages --------------------------------------------------------------------------------
+
+    def _own(self, old: Storage, new: Storage, moved: "_Moved") -> Storage:
+        """Parameters give way to shards, and gradients are gone once they are reduced."""
+        if old.kind is Kind.PARAMETER or (old.kind is Kind.GRADIENT and old.born < 0):
+            return replace(new, size_bytes=0)
+        if old.kind is not Kind.GRADIENT:
+            return new
+        spans = ((s, c) for s, c in self._reductions
+                 if s.backward_start <= old.born < s.backward_stop)  # fmt: skip
+        _, scatter = next(spans, self._reductions[-1])
+        return replace(new, released=moved.place(scatter))
+
+    def _residents(self, moved: "_Moved") -> Iterator[Storage]:
+        """Shards of the parameters and, if they are kept, of their gradients."""
+        end = moved.place(len(self._step.ops))
+        for group in self._groups:
+            for size in group.sizes_bytes:
+                yield Storage(size // self._world_size, Kind.PARAMETER, -1, end)
+            if self._keeps_gradients and group.trainable_bytes:
+                size = group.trainable_bytes // self._world_size
+                yield Storage(size, Kind.KEPT_GRADIENT, -1, end)
+
+
+class _Moved:
+    """A step whose ops make room for collectives, which are given in the order of their clocks."""
+
+    def __init__(self, step: StepGraph, collectives: Sequence[_Collective]) -> None:
+        self._step = step
+        self._collectives = collectives
+        self._clocks = [c.clock for c in collectives]
+        self._places = {id(c): c.clock + i for i, c in enumerate(collectives)}
+
+    def place(self, what: _Collective | int) -> int:
+        """The op that a collective is, or where a clock is now: before the collectives at it."""
+        if isinstance(what, int):
+            return what + bisect_left(self._clocks, what)
+        return self._places[id(what)]
+
+    def _op(self, op: int) -> int:
+        """Where an op is now: after the collectives at its clock."""
+        return op + bisect_right(self._clocks, op) if op >= 0 else op
+
+    def storages(self) -> Iterator[Storage]:
+        for s in self._step.storages:
+            yield replace(s, born=self._op(s.born), released=self.place(s.released))
+
+    def step(self) -> StepGraph:
+        """All of it, but for the storages."""
+        step = self._step
+        for node in step.graph.nodes:
+            if "op" in node.meta:
+                node.meta["op"] = self._op(node.meta["op"])
+        ops = dict(enumerate(c.as_op() for c in self._collectives))
+        placed = {self._op(i): op for i, op in enumerate(step.ops)}
+        placed |= {self.place(self._collectives[i]): op for i, op in ops.items()}
+        return replace(
+            step,
+            ops=tuple(placed[i] for i in range(len(placed))),
+            saved=tuple(map(self._saved, step.saved)),
+            calls=tuple(
+                replace(c, start=self._op(c.start), stop=self.place(c.stop)) for c in step.calls
+            ),
+        )
+
+    def _saved(self, saved: Saved) -> Saved:
+        unpacked = None if saved.unpacked is None else self._op(saved.unpacked)
+        return replace(
+            saved,
+            packed=self.place(saved.packed),
+            released=self.place(saved.released),
+            unpacked=unpacked,
+            used_until=self.place(saved.used_until),
+        )

@@ -1,0 +1,117 @@
+"""Plans for one of several processes: what DDP and FSDP2 hold is predicted as it is measured."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.planner import Batch, plan
+from memfit.planner.errors import SolverError
+from memfit.planner.sharding import ShardingError, find_groups
+
+ROOT = Path(__file__).parents[1]
+LEAVING = str(Path(__file__).parent / "leave_at_once.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LEAVING)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama fsdp2 0.5 adamw",
+        "lora fsdp2 0.6 adamw",
+        "bert fsdp2 0.4 adamw kept",
+        "llama ddp 0.5 adamw",
+    ],
+)
+def test_two_processes_keep_to_their_plan(case: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(ROOT / "tests" / "process_step.py"), *case.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == 2
+    for report in reports:
+        assert report["measured_bytes"] == report["predicted_bytes"] <= report["allowed_bytes"]
+        assert report["equal"] and report["learnt"]
+        assert "selective" in report["actions"]
+
+
+def test_a_process_holds_its_shard(make: Callable[..., Any]) -> None:
+    model, batch = make("llama")
+    alone = plan(model, 1 << 40, batch, optimizer="adamw", device="h100").predicted
+    options: dict[str, Any] = {"optimizer": "adamw", "device": "h100", "world_size": 8}
+    shared = plan(model, 1 << 40, batch, sharding="fsdp2", **options)
+    assert shared.workload.sharding == "fsdp2" and shared.workload.world_size == 8
+    state = sum(p.numel() * p.element_size() for p in model.parameters()) * 3
+    saved = alone.resident_bytes - shared.predicted.resident_bytes
+    assert state * 7 / 8 * 0.95 < saved <= state * 7 / 8
+    assert "gathered parameter" in shared.predicted.alive_at_peak
+    buckets = plan(model, 1 << 40, batch, sharding="ddp", **options).predicted
+    assert buckets.resident_bytes - alone.resident_bytes == pytest.approx(state / 3, rel=0.01)
+
+
+def test_groups_are_the_layers_and_what_is_left(make: Callable[..., Any]) -> None:
+    model, _ = make("llama", layers=2)
+    groups = find_groups(model, ("model.layers.0", "model.layers.1"), 3)
+    assert [g.module for g in groups] == ["", "model.layers.0", "model.layers.1"]
+    assert groups[1].sizes_bytes == groups[2].sizes_bytes
+    for group in groups:
+        assert all(size % 3 == 0 for size in group.sizes_bytes)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert whole <= sum(group.all_bytes for group in groups) < 1.1 * whole
+
+
+def test_what_holds_layers_that_are_gathered_apart_is_kept(make: Callable[..., Any]) -> None:
+    model, batch = make("llama", layers=2)
+    made = plan(
+        model, 1 << 40, batch, device="cpu", sharding="fsdp2", world_size=2, wrap=["LlamaMLP"]
+    )
+    layers = [r for r in made.regions if r.name.startswith("model.layers")]
+    assert len(layers) == 2
+    assert all("gathered apart" in r.kept_because for r in layers)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.inner(x).sum()
+        return total
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sharding": "zero3", "world_size": 2}, "unknown sharding 'zero3'"),
+        ({"sharding": "fsdp2"}, "need both"),
+        ({"world_size": 4}, "need both"),
+        ({"world_size": 0}, "world_size is 0"),
+        ({"sharding": "ddp", "world_size": 2, "wrap": ["Linear"]}, "sharding='fsdp2'"),
+        ({"sharding": "fsdp2", "world_size": 2}, "name their classes"),
+        ({"sharding": "fsdp2", "world_size": 2, "wrap": ["Layer"]}, "no module of the class"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ShardingError, match=words):
+        plan(Plain(), "1GiB", (torch.ones(2, 8),), device="cpu", **options)
+
+
+def test_regions_are_not_recomputed_together(make: Callable[..., Any]) -> None:
+    model, batch = make("llama", layers=2)
+    options: dict[str, Any] = {"device": "cpu", "sharding": "fsdp2", "world_size": 2}
+    with pytest.raises(SolverError, match="does not gather the weights"):
+        plan(model, 1 << 40, batch, solver="nested_dp", **options)
+    assert plan(model, 1 << 40, Batch(1, 8), **options).predicted.overhead == 0
