@@ -7,7 +7,7 @@ eager autograd saves; tracers and joint graphs report others. Depends on the rec
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -150,7 +150,7 @@ class _Step:
         repeats: Repeats,
     ) -> str:
         """Runs the step; returns what was assumed about its loss."""
-        parameters = [p for p in twin.parameters() if p.requires_grad]
+        parameters = {n: p for n, p in twin.named_parameters() if p.requires_grad}
         with ExitStack() as stack:
             stack.enter_context(mode)
             updated = dict(twin.named_parameters(remove_duplicate=False))
@@ -158,7 +158,7 @@ class _Step:
                 updated = _first_shards(updated, self.shards, recorder)
             update = self.optimizer.ready(updated, recorder) if self.optimizer else None
             if update and self.shards > 1:
-                _give_gradients(updated.values(), recorder, Kind.GRADIENT)
+                _give_gradients(updated, recorder, Kind.GRADIENT)
             if self.keep_gradients:
                 _give_gradients(parameters, recorder, Kind.KEPT_GRADIENT)
             for context in (*self.modes(), recorder, ReadsOfValues(recorder.shadows)):
@@ -172,9 +172,9 @@ class _Step:
                 del outputs
             recorder.phase = Phase.BACKWARD
             loss.backward()  # type: ignore[no-untyped-call]
-            for parameter in parameters:
+            for name, parameter in parameters.items():
                 if parameter.grad is not None and not self.keep_gradients:
-                    recorder.set_kind(parameter.grad, Kind.GRADIENT)
+                    recorder.set_kind(parameter.grad, Kind.GRADIENT, name)
             repeats.finish()
             if self.optimizer and update:
                 recorder.phase = Phase.OPTIMIZER
@@ -182,12 +182,12 @@ class _Step:
         return note
 
 
-def _give_gradients(parameters: Iterable[torch.Tensor], recorder: Recorder, kind: Kind) -> None:
+def _give_gradients(parameters: Mapping[str, torch.Tensor], recorder: Recorder, kind: Kind) -> None:
     with FakeOps():  # type: ignore[no-untyped-call]
-        for parameter in parameters:
+        for name, parameter in parameters.items():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-                recorder.add_resident(parameter.grad, kind)
+                recorder.add_resident(parameter.grad, kind, name)
 
 
 def _first_shards(
@@ -196,19 +196,19 @@ def _first_shards(
     """What the first of several processes holds of each parameter: no other one holds more."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     with FakeOps():  # type: ignore[no-untyped-call]
-        for whole in named.values():
+        for name, whole in named.items():
             if whole not in made:
                 rows = -(-whole.shape[0] // shards)
                 shard = whole.detach().new_empty((rows, *whole.shape[1:]))
                 made[whole] = nn.Parameter(shard, requires_grad=whole.requires_grad)
-                recorder.add_resident(made[whole], Kind.PARAMETER)
+                recorder.add_resident(made[whole], Kind.PARAMETER, name)
     return {name: made[whole] for name, whole in named.items()}
 
 
 def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn.Module:
     """A deep copy of the module tree on fake tensors; tied tensors stay tied."""
     memo: dict[int, Any] = {}
-    for tensor, kind in _tensors_of(model):
+    for name, tensor, kind in _tensors_of(model):
         if id(tensor) in memo:
             continue
         fake: torch.Tensor = _fake(tensor.detach(), mode)
@@ -217,7 +217,7 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
         else:
             recorder.shadows.set(fake, tensor)
         memo[id(tensor)] = fake
-        recorder.add_resident(fake, kind)
+        recorder.add_resident(fake, kind, name)
     try:
         twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
@@ -228,13 +228,17 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
     return twin if model.training else twin.train()
 
 
-def _tensors_of(model: nn.Module) -> list[tuple[torch.Tensor, Kind]]:
-    found: list[tuple[torch.Tensor, Kind]] = []
-    for module in model.modules():
-        found += [(p, Kind.PARAMETER) for p in module._parameters.values() if p is not None]
-        found += [(b, Kind.BUFFER) for b in module._buffers.values() if b is not None]
-        found += [(t, Kind.BUFFER) for t in tensors_in(dict(vars(module)))]
-    return found
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Kind]]:
+    for prefix, module in model.named_modules():
+        own = (
+            (module._parameters.items(), Kind.PARAMETER),
+            (module._buffers.items(), Kind.BUFFER),
+            (vars(module).items(), Kind.BUFFER),
+        )
+        for attributes, kind in own:
+            for attribute, value in attributes:
+                for tensor in tensors_in(value):
+                    yield f"{prefix}.{attribute}" if prefix else attribute, tensor, kind
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -245,13 +249,14 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 def _fake_batch(batch: BatchArguments, mode: FakeTensorMode, recorder: Recorder) -> BatchArguments:
     memo: dict[int, Any] = {}
-    for tensor in tensors_in(batch if isinstance(batch, (tuple, list)) else dict(batch)):
+    named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    for name, tensor in ((name, t) for name, value in named for t in tensors_in(value)):
         if id(tensor) not in memo:
             fake = _fake(tensor.detach(), mode).requires_grad_(tensor.requires_grad)
             if not fake.requires_grad:
                 recorder.shadows.set(fake, tensor)
             memo[id(tensor)] = fake
-            recorder.add_resident(fake, Kind.BATCH)
+            recorder.add_resident(fake, Kind.BATCH, str(name))
     plain = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
     return copy.deepcopy(plain, memo)
 

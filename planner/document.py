@@ -2,7 +2,8 @@
 
 ``Plan.save`` and ``Plan.load`` are exact inverses; reading checks every key and type and names the
 offending one. Python keywords get a trailing underscore (``plan.model.class_``). Depends on
-the solvers' records alone, so that a plan can be shown without importing torch.
+the solvers' records and on ``timeline`` alone, so that a plan can be shown without importing
+torch.
 """
 
 import json
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memfit.planner.errors import PlanError
+from memfit.planner.timeline import MemoryTimeline
 from memfit.solvers.records import RecordError, decode, encode, read, write
 
 SCHEMA = "memfit.plan/1"
@@ -150,10 +152,21 @@ class Plan:
     regions: tuple[RegionPlan, ...]
     baselines: tuple[Baseline, ...] = ()
     bounds: Bounds | None = None
+    timeline: MemoryTimeline | None = None
+    """What is alive when; plans of an early memfit have none."""
 
     def to_json(self) -> str:
         """The plan as indented JSON, ending in a newline."""
         return json.dumps({"schema": SCHEMA} | encode(self), indent=2) + "\n"
+
+    def recorded_timeline(self) -> MemoryTimeline:
+        """What is alive when; :class:`PlanError` for a plan that does not say."""
+        if self.timeline is None:
+            raise PlanError(
+                f"the plan was made by memfit {self.made_with.memfit} and does not say what is "
+                "alive when; make it again with `memfit plan` of this version"
+            )
+        return self.timeline
 
     def save(self, path: str | Path) -> None:
         """Writes the plan; a file that is there is replaced in one step."""

@@ -215,10 +215,13 @@ class _Expansion:
             at = self._shift(repeat, storage.born)
             self._filled[repeat.forward_mark, number] = len(new)
             if own is not None:
-                if self._step.storages[own].size_bytes != storage.size_bytes:
+                made = self._step.storages[own]
+                if made.size_bytes != storage.size_bytes:
                     raise NotRepeatable(f"{repeat.layer.module} returns a part of something larger")
                 self._number[own] = len(new)
-                new.append(self._moved(own, at))
+                # The shape is the pattern's: what a stand-in makes may be a view of such a tensor.
+                released, kind, name = self._released(own), made.kind, made.name
+                new.append(replace(storage, born=at, released=released, kind=kind, name=name))
             else:
                 released = self._shift(repeat, storage.released)
                 new.append(replace(storage, born=at, released=released))

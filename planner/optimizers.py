@@ -68,8 +68,12 @@ class OptimizerFactory:
         with FakeOps():  # type: ignore[no-untyped-call]
             self.run(update)
         update.zero_grad(set_to_none=True)
-        for tensor in _state_tensors(update):
-            recorder.add_resident(tensor, Kind.OPTIMIZER)
+        names = {id(p): name for name, p in named.items()}
+        for parameter, state in update.state.items():
+            for key, value in state.items():
+                for tensor in tensors_in(value):
+                    name = f"{names.get(id(parameter), parameter)}.{key}"
+                    recorder.add_resident(tensor, Kind.OPTIMIZER, name)
         return update
 
     def run(self, update: torch.optim.Optimizer) -> None:
@@ -174,8 +178,3 @@ def _keywords(cls: Callable[..., Any]) -> Iterable[str]:
     import inspect
 
     return inspect.signature(cls).parameters
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
-    for state in optimizer.state.values():
-        yield from tensors_in(dict(state))

@@ -78,6 +78,9 @@ class _OpenStorage:
     size_bytes: int
     kind: Kind
     born: int
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    name: str = ""
     released: int | None = None
 
 
@@ -161,23 +164,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- tensors ---------------------------------------------------------------------------------
 
-    def add_resident(self, tensor: torch.Tensor, kind: Kind) -> None:
+    def add_resident(self, tensor: torch.Tensor, kind: Kind, name: str) -> None:
         """Declares a tensor that is allocated before the step begins."""
         if storage_key(tensor) not in self._live:
-            self._open_storage(tensor, kind, born=-1)
+            self._open_storage(tensor, kind, born=-1, name=name)
 
-    def set_kind(self, tensor: torch.Tensor, kind: Kind) -> None:
+    def set_kind(self, tensor: torch.Tensor, kind: Kind, name: str) -> None:
         """Says what a tensor that the step allocated turned out to be."""
-        self._storages[self.storage_of(tensor)].kind = kind
+        storage = self._storages[self.storage_of(tensor)]
+        storage.kind, storage.name = kind, name
 
     def is_resident(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is allocated before the step begins."""
         return self._storages[self.storage_of(tensor)].kind.resident
 
-    def _open_storage(self, tensor: torch.Tensor, kind: Kind, born: int) -> int:
+    def _open_storage(self, tensor: torch.Tensor, kind: Kind, born: int, name: str = "") -> int:
         key, index = storage_key(tensor), len(self._storages)
         storage = tensor.untyped_storage()
-        self._storages.append(_OpenStorage(storage.nbytes(), kind, born))
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self._storages.append(_OpenStorage(storage.nbytes(), kind, born, shape, dtype, name))
         self._live[key] = index
         self._watchers[index] = weakref.ref(storage, self._on_storage_death(key, index))
         return index
@@ -455,22 +460,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         released = [end if s.released is None else s.released for s in self._storages]
         self._settle_sums(released)
         storages = [
-            Storage(s.size_bytes, s.kind, s.born, until)
+            Storage(s.size_bytes, s.kind, s.born, until, s.shape, s.dtype, s.name)
             for s, until in zip(self._storages, released, strict=True)
         ]
         saved = [
-            Saved(
-                s.storage,
-                s.packed,
-                end if s.released is None else s.released,
-                s.unpacked,
-                s.used_until,
-                s.order,
-                s.sample_bytes,
-                s.own,
-            )
+            Saved(s.storage, s.packed, end if s.released is None else s.released, s.unpacked,
+                  s.used_until, s.order, s.sample_bytes, s.own)
             for s in self._saved
-        ]
+        ]  # fmt: skip
         calls = [
             Call(c.module, c.type_name, c.parent, c.start, c.stop,
                  range(c.first_saved, c.last_saved), c.inputs, c.state, c.unreadable)

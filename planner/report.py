@@ -42,6 +42,23 @@ def format_seconds(seconds: float) -> str:
     return f"{digits} {unit}"
 
 
+def format_tensor(shape: tuple[int, ...], dtype: str) -> str:
+    """Shape and dtype such as ``8 x 2048 int64``."""
+    return f"{' x '.join(map(str, shape)) or 'scalar'} {dtype}"
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """One line a row; the first ``left`` columns are flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 # -- what is planned -----------------------------------------------------------------------------
 
 
@@ -75,7 +92,7 @@ def _model(plan: Plan) -> str:
 
 
 def _tensor(name: str, spec: TensorSpec) -> str:
-    return f"{name} {' x '.join(map(str, spec.shape)) or 'scalar'} {spec.dtype}"
+    return f"{name} {format_tensor(spec.shape, spec.dtype)}"
 
 
 def _peak(plan: Plan) -> str:
@@ -124,7 +141,7 @@ def _regions(regions: Sequence[RegionPlan]) -> str:
     if not regions:
         return "no regions: nothing in this step can be recomputed"
     groups = _grouped(regions)
-    head, *rows = _columns(
+    head, *rows = columns(
         [("region", "action", "stored", "freed", "recompute"), *map(_region_cells, groups)],
         left=2,
     )
@@ -224,7 +241,7 @@ def _comparison(plan: Plan) -> str:
         )
         for name, peak_bytes, overhead in rows
     ]
-    return "\n".join(_columns([("", "peak", "overhead", "step", ""), *cells]))
+    return "\n".join(columns([("", "peak", "overhead", "step", ""), *cells]))
 
 
 def _notes(plan: Plan) -> str:
@@ -232,18 +249,6 @@ def _notes(plan: Plan) -> str:
 
 
 # -- layout --------------------------------------------------------------------------------------
-
-
-def _columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """One line a row; the first ``left`` columns are flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _listed(items: Iterable[str]) -> str:

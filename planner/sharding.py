@@ -8,9 +8,10 @@ is laid over the captured step as storages of their own. Depends on the step's r
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 
 from torch import nn
 
@@ -103,30 +104,30 @@ class Group:
 
     module: str
     """FQN; empty for the model, which holds what no other group does."""
-    sizes_bytes: tuple[int, ...]
-    """Of each parameter, padded so that it can be cut into shards of one size."""
+    sizes_bytes: Mapping[str, int]
+    """Of each parameter by FQN, padded so that it can be cut into shards of one size."""
     trainable_bytes: int
     """Padded, of those that get a gradient."""
 
     @property
     def all_bytes(self) -> int:
         """Of all its parameters, padded."""
-        return sum(self.sizes_bytes)
+        return sum(self.sizes_bytes.values())
 
 
 def find_groups(model: nn.Module, layers: Sequence[str], world_size: int) -> tuple[Group, ...]:
     """The model's own group and those of its layers."""
-    owned: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *layers)}
+    owned: dict[str, dict[str, nn.Parameter]] = {name: {} for name in ("", *layers)}
     for name, parameter in model.named_parameters():
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
-        owned[owner].append(parameter)
+        owned[owner][name] = parameter
     return tuple(_group(name, own, world_size) for name, own in owned.items() if own)
 
 
-def _group(module: str, parameters: Sequence[nn.Parameter], world_size: int) -> Group:
-    padded = {p: _padded_bytes(p, world_size) for p in parameters}
-    trainable = sum(size for p, size in padded.items() if p.requires_grad)
-    return Group(module, tuple(padded.values()), trainable)
+def _group(module: str, parameters: Mapping[str, nn.Parameter], world_size: int) -> Group:
+    padded = {name: _padded_bytes(p, world_size) for name, p in parameters.items()}
+    trainable = sum(size for name, size in padded.items() if parameters[name].requires_grad)
+    return Group(module, MappingProxyType(padded), trainable)
 
 
 def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
@@ -142,7 +143,8 @@ def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
 def _with_buckets(step: StepGraph, model: nn.Module) -> StepGraph:
     """DDP copies gradients into buckets, which it holds (``gradient_as_bucket_view=False``)."""
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return replace(step, storages=(*step.storages, Storage(size, Kind.BUCKET, -1, len(step.ops))))
+    buckets = Storage(size, Kind.BUCKET, -1, len(step.ops), name="gradient buckets")
+    return replace(step, storages=(*step.storages, buckets))
 
 
 # -- FSDP2 ---------------------------------------------------------------------------------------
@@ -177,6 +179,15 @@ class _Collective:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """An allocation of FSDP2's, and what makes it."""
+
+    name: str
+    size_bytes: int
+    by: _Collective
+
+
 class _Layout:
     """Lays what FSDP2 does over the step of one process alone.
 
@@ -200,8 +211,8 @@ class _Layout:
         self._forward_end = phases.index(Phase.BACKWARD)
         self._backward_end = len(phases) - phases[::-1].index(Phase.BACKWARD)
         self._collectives: list[_Collective] = []
-        self._laid: list[tuple[int, Kind, _Collective, _Collective | int]] = []
-        """Bytes, kind, what allocates them and what, or which clock, frees them before it."""
+        self._laid: list[tuple[_Held, Kind, _Collective | int]] = []
+        """And what frees it before it begins, or a clock, before all that begins there."""
         self._reductions: list[tuple[_Span, _Collective]] = []
 
     def result(self) -> StepGraph:
@@ -213,8 +224,8 @@ class _Layout:
         own = [self._own(old, new, moved) for old, new in zip(
             self._step.storages, moved.storages(), strict=True)]  # fmt: skip
         laid = [
-            Storage(size, kind, moved.place(by), moved.place(until))
-            for size, kind, by, until in self._laid
+            Storage(h.size_bytes, kind, moved.place(h.by), moved.place(until), name=h.name)
+            for h, kind, until in self._laid
         ]
         return replace(moved.step(), storages=(*own, *self._residents(moved), *laid))
 
@@ -237,68 +248,77 @@ class _Layout:
         stop = max((s.released for s in used), default=end)
         return _Span(group, call.start, call.stop, start, stop, index)
 
-    def _run(self, name: str, clock: int, phase: Phase, span: _Span, staged: int) -> _Collective:
-        own = staged if self._stages else 0
-        self._collectives.append(_Collective(f"fsdp.{name}", clock, phase, span.call, own))
+    def _run(
+        self, name: str, clock: int, phase: Phase, span: _Span, own_bytes: int = 0
+    ) -> _Collective:
+        self._collectives.append(_Collective(f"fsdp.{name}", clock, phase, span.call, own_bytes))
         return self._collectives[-1]
 
-    def _gather(self, span: _Span, clock: int, phase: Phase) -> _Collective:
-        return self._run("all_gather", clock, phase, span, span.group.all_bytes)
+    def _gather(self, span: _Span, clock: int, phase: Phase) -> _Held:
+        """Gathers the shards of a group into one buffer, from which they are copied out."""
+        size = span.group.all_bytes
+        gather = self._run("all_gather", clock, phase, span, size if self._stages else 0)
+        return _Held(f"{span.group.module}.all_gather", size, gather)
 
     def _copy_out(self, span: _Span, clock: int, until: int, phase: Phase) -> _Collective:
-        copied = self._run("copy_out", clock, phase, span, 0)
-        for size in span.group.sizes_bytes:
-            self._laid.append((size, Kind.WHOLE_PARAMETER, copied, until))
+        copied = self._run("copy_out", clock, phase, span)
+        for name, size in span.group.sizes_bytes.items():
+            self._lay(_Held(name, size, copied), Kind.WHOLE_PARAMETER, until)
         return copied
+
+    def _lay(self, held: _Held, kind: Kind, until: _Collective | int) -> None:
+        self._laid.append((held, kind, until))
 
     def _lay_forward(self, spans: Sequence[_Span]) -> None:
         """What a group is gathered into is freed when the next one has been gathered."""
-        gathered: tuple[int, _Collective] | None = None
+        before: _Held | None = None
         for span in spans:
-            gather = self._gather(span, span.start, Phase.FORWARD)
+            gathered = self._gather(span, span.start, Phase.FORWARD)
             copied = self._copy_out(span, span.start, span.stop, Phase.FORWARD)
-            if gathered is not None:
-                self._laid.append((gathered[0], Kind.COLLECTIVE, gathered[1], copied))
-            gathered = span.group.all_bytes, gather
-        if gathered is not None:
-            self._laid.append((gathered[0], Kind.COLLECTIVE, gathered[1], self._forward_end))
+            if before is not None:
+                self._lay(before, Kind.COLLECTIVE, copied)
+            before = gathered
+        if before is not None:
+            self._lay(before, Kind.COLLECTIVE, self._forward_end)
 
     def _lay_backward(self, spans: Sequence[_Span]) -> None:
-        """The next group is gathered ahead; what gradients are reduced from goes when the next's
-        are."""
+        """The next group is gathered ahead, once a group has been copied out."""
         run = [s for s in spans if s.group.module and s.backward_start < self._backward_end]
         run.sort(key=lambda span: span.backward_start)
         ahead = self._gather(run[0], self._forward_end, Phase.BACKWARD) if run else None
-        reduced: tuple[int, _Collective] | None = None
+        reduced: _Held | None = None
         for span, following in pairwise((*run, None)):
             assert span and ahead
-            self._copy_out(span, span.backward_start, span.backward_stop, Phase.BACKWARD)
-            freed: _Collective | int = span.backward_start
-            gathered = ahead
-            if following is not None:
-                ahead = freed = self._gather(following, span.backward_start, Phase.BACKWARD)
-            self._laid.append((span.group.all_bytes, Kind.COLLECTIVE, gathered, freed))
+            start = span.backward_start
+            self._copy_out(span, start, span.backward_stop, Phase.BACKWARD)
+            if following is None:
+                self._lay(ahead, Kind.COLLECTIVE, start)
+            else:
+                gathered, ahead = ahead, self._gather(following, start, Phase.BACKWARD)
+                self._lay(gathered, Kind.COLLECTIVE, ahead.by)
             reduced = self._reduce(span, reduced)
-        own = next((span for span in spans if not span.group.module), None)
-        last = self._reduce(own, reduced) if own else reduced
-        if last is not None:
-            self._laid.append((last[0], Kind.COLLECTIVE, last[1], self._backward_end))
+        for span in spans:
+            if not span.group.module:
+                reduced = self._reduce(span, reduced)
+        if reduced is not None:
+            self._lay(reduced, Kind.COLLECTIVE, self._backward_end)
 
-    def _reduce(
-        self, span: _Span, before: tuple[int, _Collective] | None
-    ) -> tuple[int, _Collective] | None:
-        """Reduces the gradients of a group; ``before`` is what the last reduction still holds."""
-        size = span.group.trainable_bytes
+    def _reduce(self, span: _Span, before: _Held | None) -> _Held | None:
+        """Reduces the gradients of a group from a buffer, held until the next group's is there."""
+        size, end = span.group.trainable_bytes, span.backward_stop
         if not size:
             return before
-        copied = self._run("copy_in", span.backward_stop, Phase.BACKWARD, span, 0)
+        copied = self._run("copy_in", end, Phase.BACKWARD, span)
         if before is not None:
-            self._laid.append((before[0], Kind.COLLECTIVE, before[1], copied))
-        scatter = self._run("reduce_scatter", span.backward_stop, Phase.BACKWARD, span, size)
-        until = span.backward_stop if self._keeps_gradients else len(self._step.ops)
-        self._laid.append((size // self._world_size, Kind.GRADIENT, scatter, until))
+            self._lay(before, Kind.COLLECTIVE, copied)
+        shards = size // self._world_size
+        own = (size if self._stages else 0) + (shards if self._keeps_gradients else 0)
+        scatter = self._run("reduce_scatter", end, Phase.BACKWARD, span, own)
+        if not self._keeps_gradients:
+            held = _Held(f"{span.group.module}.gradient shards", shards, scatter)
+            self._lay(held, Kind.GRADIENT, len(self._step.ops))
         self._reductions.append((span, scatter))
-        return size, copied
+        return _Held(f"{span.group.module}.reduce_scatter", size, copied)
 
     # -- storages --------------------------------------------------------------------------------
 
@@ -317,11 +337,12 @@ class _Layout:
         """Shards of the parameters and, if they are kept, of their gradients."""
         end = moved.place(len(self._step.ops))
         for group in self._groups:
-            for size in group.sizes_bytes:
-                yield Storage(size // self._world_size, Kind.PARAMETER, -1, end)
+            for name, size in group.sizes_bytes.items():
+                yield Storage(size // self._world_size, Kind.PARAMETER, -1, end, name=name)
             if self._keeps_gradients and group.trainable_bytes:
                 size = group.trainable_bytes // self._world_size
-                yield Storage(size, Kind.KEPT_GRADIENT, -1, end)
+                name = f"{group.module}.gradient shards"
+                yield Storage(size, Kind.KEPT_GRADIENT, -1, end, name=name)
 
 
 class _Moved:

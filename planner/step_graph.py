@@ -64,6 +64,11 @@ class Storage:
     """Index of the op that allocates it; -1 when it is there before the step."""
     released: int
     """Clock at which the last reference is gone, tensors that autograd saved not counted."""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    """Of the tensor that it was allocated for, such as ``int64``; empty for what is no tensor."""
+    name: str = ""
+    """Of the parameter, buffer or argument that it is, or belongs to; empty for what an op made."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from memfit.planner import document
+from memfit.planner.alive import make_timeline
 from memfit.planner.options import RegionOption
 from memfit.planner.peak import describe_peak
 from memfit.planner.preparing import Prepared
@@ -48,6 +49,7 @@ def write_plan(prepared: Prepared, outcome: Outcome) -> document.Plan:
         ),
         regions=_regions(task, solution),
         baselines=tuple(_baseline(o, seconds) for o in (none, full)),
+        timeline=make_timeline(outcome),
     )
 
 

@@ -106,10 +106,11 @@ def test_the_json_has_the_documented_keys(plan_file: Path) -> None:
             "alive_at_peak",
         ],
         "solver": ["name", "status", "gap", "seconds"],
+        "timeline": ["slots", "phases", "kinds", "moments", "moment", "ops", "op", "at_peak"],
     }
     assert list(plan) == [
         *("schema", "made_with", "model", "workload", "budget_bytes", "predicted", "solver"),
-        *("regions", "baselines", "bounds"),
+        *("regions", "baselines", "bounds", "timeline"),
     ]
     region_keys = ["name", "action", "keep", "stored_bytes", "freed_bytes", "recompute_seconds"]
     region_keys += ["kept_because", "recompute", "recompute_input"]

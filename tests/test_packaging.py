@@ -83,6 +83,14 @@ def test_the_listed_packages_are_the_folders() -> None:
     assert set(PACKAGES) == {folder for folder in expected.values() if "/" not in folder}
 
 
+def test_files_that_are_no_modules_are_shipped() -> None:
+    patterns = read_setuptools()["package-data"]["*"]
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.*"))
+    data = [path for path in files if path.suffix not in (".py", ".pyc")]
+    assert ROOT / "integrations" / "timeline" / "page.html" in data
+    assert not [path for path in data if not any(map(path.match, patterns))]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_checkers_find_the_package(package: str) -> None:
     link = ROOT / ".links" / "memfit" / package
@@ -116,7 +124,7 @@ def test_the_planner_knows_no_integrations(path: Path) -> None:
     assert not [name for name in eager if within(name, "transformers")]
 
 
-@pytest.mark.parametrize("module", ["budget", "devices", "errors"])
+@pytest.mark.parametrize("module", ["budget", "devices", "errors", "timeline"])
 def test_what_reads_no_tensors_does_not_import_torch(module: str) -> None:
     eager = imports(parse(ROOT / "planner" / f"{module}.py"), at_import_time=True)
     assert not [name for name in eager if within(name, "torch")]

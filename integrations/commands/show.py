@@ -1,27 +1,71 @@
-"""``memfit show``: shows a plan as a table. Depends on the plan document alone."""
+"""``memfit show``: shows a plan as a table, or what is alive at its peak and over its step.
+
+Depends on the plan document; matplotlib is imported for a figure.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from memfit.integrations.commands.arguments import Commands, add_debug
+from memfit.integrations.commands.arguments import Commands, UsageError, add_debug, check_writable
+from memfit.integrations.timeline import check_picture, draw_timeline
 from memfit.planner.document import Plan
+from memfit.planner.peak_report import format_peak
 from memfit.planner.report import format_plan
+
+_EXAMPLES = """\
+examples:
+  memfit show plan.json
+  memfit show plan.json --top 20
+  memfit show plan.json --timeline step.html
+"""
 
 
 def add(commands: Commands) -> None:
     """Tells the parser of the command."""
     parser = commands.add_parser(
         "show",
-        help="show a plan as a table",
-        description="Prints the table of a plan that `memfit plan` wrote.",
-        epilog="examples:\n  memfit show plan.json\n",
+        help="show a plan as a table, its peak, or its memory over the step",
+        description="Prints the table of a plan that `memfit plan` wrote, or what the options\n"
+        "ask for in its place.",
+        epilog=_EXAMPLES,
     )
     parser.set_defaults(run=run)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file")
+    parser.add_argument(
+        "--top",
+        type=_count,
+        metavar="N",
+        help="print the N largest tensors that are alive at the peak; those that are alike share "
+        "a row",
+    )
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="draw the bytes alive over the step into an .html page, or a .png or .svg figure "
+        "(these with matplotlib: pip install 'memfit[plot]')",
+    )
     add_debug(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the table."""
-    sys.stdout.write(format_plan(Plan.load(options.plan)))
+    """Prints a table, draws a picture, or both."""
+    if options.timeline is not None:
+        check_picture(options.timeline)
+        check_writable(options.timeline)
+        if options.timeline == options.plan:
+            raise UsageError(f"{options.plan} is the plan; the picture needs a file of its own")
+    plan = Plan.load(options.plan)
+    if options.timeline is not None:
+        draw_timeline(plan, options.timeline)
+    if options.top is not None:
+        sys.stdout.write(format_peak(plan, options.top))
+    elif options.timeline is None:
+        sys.stdout.write(format_plan(plan))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)

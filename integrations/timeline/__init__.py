@@ -1,0 +1,46 @@
+"""Pictures of a plan's timeline: an HTML page, or a PNG or SVG figure.
+
+Depends on the plan document; matplotlib, an optional extra, is imported when a figure is drawn.
+"""
+
+from pathlib import Path
+
+from memfit.integrations.timeline.chart import make_chart
+from memfit.integrations.timeline.page import make_page
+from memfit.planner.document import Plan
+from memfit.planner.errors import MemfitError
+from memfit.solvers.records import write
+
+FIGURES = (".png", ".svg")
+PAGES = (".html", ".htm")
+
+
+class PictureError(MemfitError, ValueError):
+    """A picture that cannot be drawn."""
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a file name that does not say what is to be drawn."""
+    if path.suffix.lower() not in (*FIGURES, *PAGES):
+        raise PictureError(f"cannot draw {path}: name a file that ends in .html, .png or .svg")
+
+
+def draw_timeline(plan: Plan, path: Path) -> None:
+    """Draws what is alive over the step of ``plan`` into a file; its suffix says in what form.
+
+    Raises :class:`PictureError` for an unknown suffix or where matplotlib is missing, and
+    :class:`PlanError` for a plan that has no timeline.
+    """
+    check_picture(path)
+    chart = make_chart(plan)
+    if path.suffix.lower() in PAGES:
+        write(path, make_page(chart))
+        return
+    try:
+        from memfit.integrations.timeline.figure import save_figure
+    except ModuleNotFoundError as error:
+        raise PictureError(
+            f"cannot draw {path} without {error.name}: `pip install 'memfit[plot]'`, or name an "
+            ".html file, which needs nothing"
+        ) from error
+    save_figure(chart, path)
