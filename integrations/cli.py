@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from memfit.integrations.commands import plan, show, solve
-from memfit.integrations.commands.arguments import Parser
+from memfit.integrations.commands import check, doctor, explain, plan, show, solve
+from memfit.integrations.commands.arguments import DONE, INFEASIBLE, UNUSABLE, Parser
+from memfit.integrations.terminal import red
 from memfit.planner.errors import InfeasibleBudget, MemfitError
 
-COMMANDS = (plan, show, solve)
-DONE, UNUSABLE, INFEASIBLE = 0, 2, 3
+COMMANDS = (plan, show, explain, check, solve, doctor)
 # What a shell reports for a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -28,6 +28,8 @@ examples:
   memfit plan ./my-model --budget 24GiB --batch-size 8 --sequence-length 2048 \\
       --dtype bfloat16 --optimizer adamw --device h100 > plan.json
   memfit show plan.json
+  memfit explain plan.json
+  memfit check plan.json ./my-model --max-peak 24GiB
   memfit solve problem.json --solver greedy --budget 20GiB
 """
 
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemfitError, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
-        print(f"memfit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = red("memfit: error:", sys.stderr)
+        print(f"{said} {' '.join(str(error).split())}", file=sys.stderr)
         return INFEASIBLE if isinstance(error, InfeasibleBudget) else UNUSABLE
 
 
@@ -56,9 +59,9 @@ def _run(words: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return UNUSABLE
-    options.run(options)
+    status: int | None = options.run(options)
     sys.stdout.flush()  # a closed pipe shows here, not after the exit status is settled
-    return DONE
+    return DONE if status is None else status
 
 
 def _spelled(words: Sequence[str]) -> list[str]:

@@ -81,15 +81,19 @@ def build_model(
     task: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    class_name: str | None = None,
 ) -> nn.Module:
     """The model called ``name`` on ``torch.device("meta")``, in training mode.
 
-    ``task`` is one of :data:`TASKS`, by default :func:`default_task` of the config; ``dtype`` that
-    of the weights, by default the config's own, else float32. Raises :class:`ModelError`.
+    ``task`` is one of :data:`TASKS`, by default :func:`default_task` of the config, in which
+    ``class_name`` takes the place of ``config.architectures``; ``dtype`` that of the weights, by
+    default the config's own, else float32. Raises :class:`ModelError`.
     """
     weights = _parse_dtype(dtype)
     with quiet_transformers():
         config = _load_config(name, trust_remote_code)
+        if class_name is not None:
+            config.architectures = [class_name]
         task = _check_task(task, config) if task is not None else default_task(config)
         _complete(config, task)
         auto_class = getattr(transformers, _AUTO_CLASSES[task])

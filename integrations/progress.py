@@ -1,6 +1,7 @@
 """What a command tells people on stderr while it works: what takes long, and how long it took.
 
-Depends on the standard library alone.
+A terminal shows one line, written over as the seconds pass and gone at the end; where stderr is no
+terminal nothing is said. Depends on the terminal.
 """
 
 import logging
@@ -10,20 +11,27 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
+
+from memfit.integrations.terminal import is_terminal, width
 
 # A part of the work is announced once it has lasted this long.
 _PATIENCE_SECONDS = 1.0
+_REFRESH_SECONDS = 0.2
+_SPINNER = "|/-\\"
+# Back to the start of the line, and nothing on it.
+_CLEARED = "\r\x1b[K"
 
 
 class Progress:
-    """Is told what begins, says so once it has lasted for a while, and times it.
+    """Is told what begins, says so while it lasts, and times it.
 
     Times are of this process's CPU, which another one that is busy does not add to.
     """
 
     def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._timer: threading.Timer | None = None
+        self._stream = None if quiet or not is_terminal(sys.stderr) else sys.stderr
+        self._line: _Line | None = None
         self._started: list[tuple[str, float]] = []
 
     def __enter__(self) -> "Progress":
@@ -37,10 +45,8 @@ class Progress:
         """A part of the work begins; the one before is done."""
         self._stop()
         self._started.append((text, time.process_time()))
-        if not self._quiet:
-            self._timer = threading.Timer(_PATIENCE_SECONDS, _say, (f"memfit: {text} ...",))
-            self._timer.daemon = True
-            self._timer.start()
+        if self._stream is not None:
+            self._line = _Line(text, self._stream)
 
     def timings(self) -> str:
         """A line for each part of the work, once all are done."""
@@ -50,14 +56,42 @@ class Progress:
         return "".join(f"{seconds:8.2f} s of CPU  {text}\n" for text, seconds in parts)
 
     def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer.join()  # a line that is being written does not run into the next output
-            self._timer = None
+        if self._line is not None:
+            self._line.end()
+            self._line = None
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+class _Line:
+    """The line of one part of the work."""
+
+    def __init__(self, text: str, stream: TextIO) -> None:
+        self._text = text
+        self._stream = stream
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Takes the line away; what is written next does not run into it."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        started, turn = time.monotonic(), 0
+        if self._ended.wait(_PATIENCE_SECONDS):
+            return
+        while True:
+            seconds = time.monotonic() - started
+            line = f"{_SPINNER[turn % len(_SPINNER)]} memfit: {self._text} ... {seconds:.0f} s"
+            self._write(_CLEARED + line[: width(self._stream) - 1])
+            turn += 1
+            if self._ended.wait(_REFRESH_SECONDS):
+                break
+        self._write(_CLEARED)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
 
 @contextmanager

@@ -3,18 +3,21 @@
 A plan needs to know what a model is called with; a person mostly knows two numbers, how many
 examples and how long. Token ids and class numbers are real tensors, since their values decide what
 eager execution does (a mask of ones is dropped); pictures and sound are on ``meta``, since theirs
-do not. Depends on torch and the errors. Models are known by their class names, their ``config``,
-``main_input_name`` and ``forward`` signature alone: this file imports no transformers.
+do not. Depends on torch, the plan document and the errors. Models are known by their class names,
+their ``config``, ``main_input_name`` and ``forward`` signature alone: this file imports no
+transformers.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from memfit.planner.document import TensorSpec
 from memfit.planner.errors import MemfitError
 
 Arguments = dict[str, torch.Tensor]
@@ -80,6 +83,45 @@ def make_batch(model: nn.Module, batch: Batch | None = None) -> tuple[Arguments,
     arguments, description = maker.make()
     maker.check_accepts(arguments)
     return arguments, description
+
+
+def remake_batch(
+    model: nn.Module, specs: Mapping[str, TensorSpec]
+) -> tuple[Arguments | tuple[torch.Tensor, ...], str]:
+    """Arguments of the shapes and dtypes that a plan states, and one line on what is not known.
+
+    A tensor has the values that :func:`make_batch` gives one of its name, shape and dtype, if it
+    makes one; a mask leaves the last position out, since one that leaves out nothing is not used;
+    others are on ``meta``. Arguments without names are a tuple.
+    """
+    shapes = [spec.shape for spec in specs.values() if spec.shape]
+    lengths = [None, *(shape[1] for shape in shapes if len(shape) == 2)]
+    made: Arguments = {}
+    for size, length in dict.fromkeys((shape[0], length) for shape in shapes for length in lengths):
+        with suppress(BatchError):  # of another kind than made ones
+            arguments, _ = make_batch(model, Batch(size, length))
+            alike = {n: t for n, t in arguments.items() if specs.get(n) == _spec(t)}
+            made = max(made, alike, key=len)
+    unknown = {name: _unknown(name, spec) for name, spec in specs.items() if name not in made}
+    tensors = {name: (made | unknown)[name] for name in specs}
+    note = f"values of {', '.join(unknown)} are not in the plan" if unknown else ""
+    if all(name.isdecimal() for name in tensors):
+        return tuple(tensors.values()), note
+    return tensors, note
+
+
+def _unknown(name: str, spec: TensorSpec) -> torch.Tensor:
+    """A tensor of which a plan says everything but the values."""
+    dtype = getattr(torch, spec.dtype)
+    if not name.endswith("mask") or dtype.is_floating_point or not spec.shape:
+        return torch.empty(spec.shape, dtype=dtype, device="meta")
+    mask = torch.ones(spec.shape, dtype=dtype)
+    mask[..., -1] = 0
+    return mask
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def _check_positive(field: str, value: object) -> None:

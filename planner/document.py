@@ -35,6 +35,8 @@ class Model:
     fingerprint: str
     parameters: int
     trainable_parameters: int
+    dtype: str | None = None
+    """Of its first floating point parameter, as of a config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class Workload:
     """How the step is spread over processes: ``ddp``, ``fsdp2``, or not."""
     world_size: int = 1
     """Over how many; the batch and all bytes are those of one."""
+    wrap: tuple[str, ...] = ()
+    """Class names of the layers that FSDP2 shards."""
+    reshard_after_forward: bool | None = None
+    """What FSDP2 is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,27 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class NearbyBudget:
+    """What a budget near the plan's would take."""
+
+    budget_bytes: int
+    recompute_seconds: float | None
+    """At most; null where no single changes of the plan lead there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What other budgets would do."""
+
+    unavoidable_bytes: int
+    """Alive at once whatever is chosen: no smaller budget has a plan."""
+    free_budget_bytes: int
+    """From here on nothing is recomputed."""
+    nearby: tuple[NearbyBudget, ...]
+    """In order, between the two."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Which regions recompute, and what the step then needs."""
 
@@ -152,6 +179,7 @@ class Plan:
     regions: tuple[RegionPlan, ...]
     baselines: tuple[Baseline, ...] = ()
     bounds: Bounds | None = None
+    sensitivity: Sensitivity | None = None
     timeline: MemoryTimeline | None = None
     """What is alive when; plans of an early memfit have none."""
 

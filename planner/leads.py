@@ -77,5 +77,4 @@ def _lead(step: StepGraph, regions: Sequence[Region], r: int, module: Region) ->
     links = Links(nothing, inputs)
     chain = selective(step, module, compiled, nothing, 0, links).chain
     assert chain is not None
-    names = tuple(program.names[s] for s in sorted(compiled.local(inputs)))
-    return Lead(module.name, inputs, names, chain)
+    return Lead(module.name, inputs, compiled.output_names(inputs), chain)

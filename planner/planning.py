@@ -16,6 +16,7 @@ from memfit.planner.budget import format_bytes
 from memfit.planner.capture import BatchArguments
 from memfit.planner.document import Plan
 from memfit.planner.preparing import Progress, check_types, no_cycles, prepare
+from memfit.planner.sensitivity import find_sensitivity
 from memfit.planner.target import find_target, resolve_budget
 from memfit.planner.writing import write_plan
 from memfit.solvers import save_problem as write_problem
@@ -38,6 +39,7 @@ def plan(
     sharding: str | None = None,
     world_size: int = 1,
     wrap: Sequence[str] | None = None,
+    reshard_after_forward: bool | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -86,8 +88,9 @@ def plan(
         model of which every layer and then the model itself is given to ``fully_shard``. The batch,
         the budget and all figures are those of one process. What communication takes is not in
         the seconds.
-    wrap
-        Class names of the layers, where they are others than ``_no_split_modules`` of the model.
+    wrap, reshard_after_forward
+        For FSDP2: the class names of the layers, where they are others than ``_no_split_modules``
+        of the model, and what ``fully_shard`` is told; accelerate tells it True.
     selective
         Offer the action ``selective``: keep some activations of a region and recompute the others
         op by op. Without it regions are kept or checkpointed whole.
@@ -125,6 +128,7 @@ def plan(
         sharding=sharding,
         world_size=world_size,
         wrap=wrap,
+        reshard_after_forward=reshard_after_forward,
         selective=selective,
         gap=gap,
         time_limit_seconds=time_limit_seconds,
@@ -139,6 +143,8 @@ def plan(
         write_problem(outcome.task.problem, save_problem)
     say("simulating the plan")
     written = write_plan(prepared, outcome)
+    sensitivity = find_sensitivity(outcome, written.predicted.unplanned_peak_bytes)
+    written = replace(written, sensitivity=sensitivity)
     if not bound:
         return written
     say("looking for bounds")

@@ -70,6 +70,7 @@ def prepare(
     sharding: str | None = None,
     world_size: int = 1,
     wrap: Sequence[str] | None = None,
+    reshard_after_forward: bool | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -79,7 +80,7 @@ def prepare(
     check_types(model, batch, device)
     say = progress or (lambda _: None)
     target = find_target(model, device)
-    spread = read_sharding(sharding, world_size, wrap, model)
+    spread = read_sharding(sharding, world_size, wrap, reshard_after_forward, model)
     arguments, batch_note = _arguments(model, batch)
     on_gpu = target.device.kind == "cuda"
     factory = optimizer_factory(optimizer, model, foreach=on_gpu, max_grad_norm=max_grad_norm)
@@ -113,6 +114,8 @@ def prepare(
         autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
         sharding=spread.kind,
         world_size=spread.world_size,
+        wrap=spread.wrap,
+        reshard_after_forward=spread.reshard_after_forward,
         notes=tuple(filter(None, notes)),
     )
     task = Task.of(step, target, limits, selective, gathered=spread.layers)
@@ -173,9 +176,11 @@ def _batch_specs(batch: BatchArguments) -> dict[str, document.TensorSpec]:
 
 def _model(model: nn.Module) -> document.Model:
     parameters = list(model.parameters())
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
     return document.Model(
         type(model).__name__,
         fingerprint(model),
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in parameters if p.requires_grad),
+        str(dtype).removeprefix("torch.") if dtype else None,
     )

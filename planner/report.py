@@ -14,7 +14,7 @@ from memfit.planner.document import Plan, RegionPlan, TensorSpec
 WIDTH = 80
 _LABEL_WIDTH = 12
 _NOTHING = "-"
-_OVER = "over the budget"
+OVER = "over the budget"
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 # A whole part of a dotted name: the 0 of "h.0.mlp.fc1", not the 1 of its fc1.
@@ -79,7 +79,7 @@ def _facts(plan: Plan) -> str:
         "bound": _bound(plan),
     }
     return "\n".join(
-        _wrapped(f"{label:{_LABEL_WIDTH}}", text) for label, text in facts.items() if text
+        wrapped(f"{label:{_LABEL_WIDTH}}", text) for label, text in facts.items() if text
     )
 
 
@@ -99,7 +99,7 @@ def _peak(plan: Plan) -> str:
     predicted = plan.predicted
     share = predicted.peak_bytes / max(1, plan.budget_bytes)
     return (
-        f"{format_bytes(predicted.peak_bytes)}, {_percent(share)} of the budget, "
+        f"{format_bytes(predicted.peak_bytes)}, {percent(share)} of the budget, "
         f"in the {predicted.peak_at}"
     )
 
@@ -107,7 +107,7 @@ def _peak(plan: Plan) -> str:
 def _overhead(plan: Plan) -> str:
     predicted = plan.predicted
     return (
-        f"{_percent(predicted.overhead)}: recomputes for "
+        f"{percent(predicted.overhead)}: recomputes for "
         f"{format_seconds(predicted.recompute_seconds)} in a step of "
         f"{format_seconds(predicted.step_seconds)}"
     )
@@ -116,7 +116,7 @@ def _overhead(plan: Plan) -> str:
 def _solver(plan: Plan) -> str:
     solver = plan.solver
     return (
-        f"{solver.name}: {solver.status}, gap {_percent(solver.gap)}, "
+        f"{solver.name}: {solver.status}, gap {percent(solver.gap)}, "
         f"{format_seconds(solver.seconds)}"
     )
 
@@ -126,12 +126,12 @@ def _bound(plan: Plan) -> str:
     if bounds is None:
         return ""
     text = (
-        f"no plan of these regions has less than {_percent(bounds.regions)} of overhead "
+        f"no plan of these regions has less than {percent(bounds.regions)} of overhead "
         f"({bounds.proved_by})"
     )
     if bounds.general is None:
         return f"{text}; {bounds.note}"
-    return f"{text}, and no schedule of any kind less than {_percent(bounds.general)}"
+    return f"{text}, and no schedule of any kind less than {percent(bounds.general)}"
 
 
 # -- what is done --------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def _bound(plan: Plan) -> str:
 def _regions(regions: Sequence[RegionPlan]) -> str:
     if not regions:
         return "no regions: nothing in this step can be recomputed"
-    groups = _grouped(regions)
+    groups = grouped(regions)
     head, *rows = columns(
         [("region", "action", "stored", "freed", "recompute"), *map(_region_cells, groups)],
         left=2,
@@ -150,17 +150,17 @@ def _regions(regions: Sequence[RegionPlan]) -> str:
         lines.append(row)
         first = group[0]
         if first.kept_because:
-            lines.append(_wrapped("  kept: ", first.kept_because))
+            lines.append(wrapped("  kept: ", first.kept_because))
         if first.keep or first.recompute:
-            lines.append(_wrapped("  keep: ", ", ".join(first.keep) or "nothing"))
-            lines.append(_wrapped("  recompute: ", ", ".join(first.recompute)))
+            lines.append(wrapped("  keep: ", ", ".join(first.keep) or "nothing"))
+            lines.append(wrapped("  recompute: ", ", ".join(first.recompute)))
         if first.recompute_input:
             made = ", ".join(first.recompute_input)
-            lines.append(_wrapped("  input: ", f"made again by the region before ({made})"))
+            lines.append(wrapped("  input: ", f"made again by the region before ({made})"))
     return "\n".join(lines)
 
 
-def _grouped(regions: Iterable[RegionPlan]) -> list[list[RegionPlan]]:
+def grouped(regions: Iterable[RegionPlan]) -> list[list[RegionPlan]]:
     """Regions that are numbered one after the other and treated alike, together.
 
     Series that take turns (``0.attention``, ``0.mlp``, ``1.attention``, ...) are told apart.
@@ -202,7 +202,7 @@ def _region_cells(group: Sequence[RegionPlan]) -> tuple[str, ...]:
     freed = sum(region.freed_bytes for region in group)
     seconds = sum(region.recompute_seconds for region in group)
     return (
-        _label(group),
+        group_label(group),
         group[0].action,
         format_bytes(sum(region.stored_bytes for region in group)),
         format_bytes(freed) if freed else _NOTHING,
@@ -210,7 +210,7 @@ def _region_cells(group: Sequence[RegionPlan]) -> tuple[str, ...]:
     )
 
 
-def _label(group: Sequence[RegionPlan]) -> str:
+def group_label(group: Sequence[RegionPlan]) -> str:
     pattern, first = _split_name(group[0].name)
     _, last = _split_name(group[-1].name)
     if first != last:
@@ -235,9 +235,9 @@ def _comparison(plan: Plan) -> str:
         (
             name,
             format_bytes(peak_bytes),
-            _percent(overhead),
+            percent(overhead),
             format_seconds(predicted.unplanned_step_seconds * (1 + overhead)),
-            _OVER if peak_bytes > plan.budget_bytes else "",
+            OVER if peak_bytes > plan.budget_bytes else "",
         )
         for name, peak_bytes, overhead in rows
     ]
@@ -245,7 +245,7 @@ def _comparison(plan: Plan) -> str:
 
 
 def _notes(plan: Plan) -> str:
-    return "\n".join(_wrapped("note: ", note) for note in plan.workload.notes)
+    return "\n".join(wrapped("note: ", note) for note in plan.workload.notes)
 
 
 # -- layout --------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def _listed(items: Iterable[str]) -> str:
     return ", ".join(item.replace(" ", _NO_BREAK) for item in items)
 
 
-def _wrapped(label: str, text: str) -> str:
+def wrapped(label: str, text: str) -> str:
     """``text`` behind ``label``, its further lines indented as far."""
     filled = textwrap.fill(
         text,
@@ -269,5 +269,5 @@ def _wrapped(label: str, text: str) -> str:
     return filled.replace(_NO_BREAK, " ")
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"

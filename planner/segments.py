@@ -56,6 +56,16 @@ def passed(step: StepGraph, regions: Sequence[Region], before: range, r: int) ->
     return frozenset(made)
 
 
+def passed_on(
+    compiled: RegionProgram, outputs: frozenset[int], kept: frozenset[int]
+) -> frozenset[int]:
+    """What a region that keeps ``kept`` can make again of ``outputs``: all of them or nothing."""
+    can = all(
+        s not in kept and compiled.program.can_remake(s, kept) for s in compiled.local(outputs)
+    )
+    return outputs if can else frozenset()
+
+
 def rerun_of(chains: Sequence[Chain]) -> Recomputation:
     """What neighbours run again, one after the other, when the last needs what it is given."""
     ops: list[int] = []
@@ -125,10 +135,7 @@ class _Finder:
         compiled = self._programs[r]
         outputs = self._passed[r + 1] if r + 1 < len(self._passed) else frozenset()
         assert compiled is not None
-        can = all(
-            s not in kept and compiled.program.can_remake(s, kept) for s in compiled.local(outputs)
-        )
-        return outputs if can else frozenset()
+        return passed_on(compiled, outputs, kept)
 
     # -- options ---------------------------------------------------------------------------------
 
@@ -184,9 +191,7 @@ class _Finder:
 
     def _names(self, r: int, storages: frozenset[int]) -> tuple[str, ...]:
         compiled = self._programs[r]
-        if not storages or compiled is None:
-            return ()
-        return tuple(compiled.program.names[s] for s in sorted(compiled.local(storages)))
+        return () if compiled is None else compiled.output_names(storages)
 
     # -- segments --------------------------------------------------------------------------------
 

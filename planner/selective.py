@@ -44,6 +44,10 @@ class RegionProgram:
         """Names of some storages of the program, in the order in which they are saved."""
         return tuple(self.program.names[s] for s in self.program.droppable if s in storages)
 
+    def output_names(self, storages: Collection[int]) -> tuple[str, ...]:
+        """Names of storages of the step that it makes."""
+        return tuple(self.program.names[s] for s in sorted(self.local(storages)))
+
     def local(self, storages: Collection[int]) -> frozenset[int]:
         """The numbers that storages of the step have here."""
         return frozenset(n for n, s in enumerate(self.storages) if s in storages)

@@ -8,8 +8,9 @@ is laid over the captured step as storages of their own. Depends on the step's r
 """
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -32,8 +33,13 @@ class Sharding:
     kind: str | None
     """``"ddp"``, ``"fsdp2"``, or None in one process."""
     world_size: int
+    wrap: tuple[str, ...] = ()
+    """Class names of the modules that ``fully_shard`` is called on, the model itself aside."""
     layers: tuple[str, ...] = ()
-    """FQNs of the modules that ``fully_shard`` is called on, the model itself aside."""
+    """FQNs of these modules."""
+    reshard_after_forward: bool | None = None
+    """As ``fully_shard`` is told: True for all groups, False for none, None for all but the model's
+    own."""
 
     @property
     def shards(self) -> int:
@@ -47,15 +53,18 @@ class Sharding:
         if self.kind == DDP:
             return _with_buckets(step, model)
         if self.kind == FSDP2:
-            groups = find_groups(model, self.layers, self.world_size)
-            return _Layout(step, groups, self.world_size, keep_gradients, stages).result()
+            return _Layout(step, model, self, keep_gradients, stages).result()
         return step
 
 
 def read_sharding(
-    sharding: str | None, world_size: int, wrap: Sequence[str] | None, model: nn.Module
+    sharding: str | None,
+    world_size: int,
+    wrap: Sequence[str] | None,
+    reshard_after_forward: bool | None,
+    model: nn.Module,
 ) -> Sharding:
-    """Reads the arguments ``sharding``, ``world_size`` and ``wrap`` of ``plan``."""
+    """Reads the arguments of ``plan`` that say how the step is spread over processes."""
     if sharding not in (None, DDP, FSDP2):
         raise ShardingError(f"unknown sharding {sharding!r}; known are {DDP!r} and {FSDP2!r}")
     if world_size < 1 or (world_size > 1) != (sharding is not None):
@@ -68,31 +77,34 @@ def read_sharding(
             f"{type(model).__name__} is sharded already; plan for the model as it is before "
             "fully_shard() and apply the plan to it before or after, at will"
         )
-    if wrap is not None and sharding != FSDP2:
-        raise ShardingError("wrap names the layers that FSDP2 shards; pass sharding='fsdp2' too")
-    return Sharding(sharding, world_size, tuple(_layers(model, wrap)) if sharding == FSDP2 else ())
+    if sharding != FSDP2 and not (wrap is None and reshard_after_forward is None):
+        raise ShardingError(
+            "wrap and reshard_after_forward say how FSDP2 shards; pass sharding='fsdp2' too"
+        )
+    if sharding != FSDP2:
+        return Sharding(sharding, world_size)
+    classes = _wrapped(model, wrap)
+    found = [name for name, module in model.named_modules() if type(module).__name__ in classes]
+    layers = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    return Sharding(FSDP2, world_size, classes, tuple(layers), reshard_after_forward)
 
 
-def _layers(model: nn.Module, wrap: Sequence[str] | None) -> list[str]:
-    """FQNs of the outermost modules of the classes ``wrap``.
+def _wrapped(model: nn.Module, wrap: Sequence[str] | None) -> tuple[str, ...]:
+    """Class names of the layers.
 
     By default those that transformers does not split over devices, where there are several of one.
     """
-    names: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        names.setdefault(type(module).__name__, []).append(name)
+    times = Counter(type(module).__name__ for module in model.modules())
     if wrap is None:
-        kept_whole = getattr(model, "_no_split_modules", None) or ()
-        wrap = [cls for cls in kept_whole if len(names.get(cls, ())) > 1]
-    if unknown := [cls for cls in wrap if cls not in names]:
+        wrap = [c for c in getattr(model, "_no_split_modules", None) or () if times[c] > 1]
+    if unknown := [cls for cls in wrap if cls not in times]:
         raise ShardingError(f"{type(model).__name__} has no module of the class {unknown[0]!r}")
     if not wrap:
         raise ShardingError(
             f"{type(model).__name__} does not say which of its modules are layers "
             "(_no_split_modules); name their classes, such as wrap=['LlamaDecoderLayer']"
         )
-    found = [name for cls in wrap for name in names[cls]]
-    return [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    return tuple(wrap)
 
 
 # -- groups --------------------------------------------------------------------------------------
@@ -104,7 +116,7 @@ class Group:
 
     module: str
     """FQN; empty for the model, which holds what no other group does."""
-    sizes_bytes: Mapping[str, int]
+    sizes_bytes: Mapping[str, int] = field(hash=False)
     """Of each parameter by FQN, padded so that it can be cut into shards of one size."""
     trainable_bytes: int
     """Padded, of those that get a gradient."""
@@ -160,6 +172,8 @@ class _Span:
     backward_start: int
     backward_stop: int
     call: int
+    again: bool
+    """Whether it is gathered again for the backward, or stays whole until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +211,15 @@ class _Layout:
     def __init__(
         self,
         step: StepGraph,
-        groups: Sequence[Group],
-        world_size: int,
+        model: nn.Module,
+        sharding: Sharding,
         keep_gradients: bool,
         stages: bool,
     ) -> None:
         self._step = step
-        self._groups = groups
-        self._world_size = world_size
+        self._groups = find_groups(model, sharding.layers, sharding.world_size)
+        self._world_size = sharding.world_size
+        self._reshards = sharding.reshard_after_forward
         self._keeps_gradients = keep_gradients
         self._stages = stages
         phases = [op.phase for op in step.ops]
@@ -232,21 +247,25 @@ class _Layout:
     # -- when groups are whole -------------------------------------------------------------------
 
     def _spans(self) -> list[_Span]:
-        """In forward order, the model's own group first, which is whole until the backward ends."""
+        """In forward order, the model's own group first."""
         by_name = {group.module: group for group in self._groups}
         called = ((i, c.module) for i, c in enumerate(self._step.calls) if c.module in by_name)
         found = [self._span(by_name[module], index) for index, module in called]
         return sorted(found, key=lambda span: (span.start, -span.stop))
 
     def _span(self, group: Group, index: int) -> _Span:
+        """The model's own group is whole until the backward ends, unless told otherwise."""
         end = self._backward_end
         if not group.module:
-            return _Span(group, 0, end, self._forward_end, end, index)
+            again = self._reshards is True
+            stop = self._forward_end if again else end
+            return _Span(group, 0, stop, self._forward_end, end, index, again)
         call = self._step.calls[index]
         used = [s for i in call.saved if (s := self._step.saved[i]).unpacked is not None]
         start = min((s.unpacked for s in used if s.unpacked is not None), default=end)
-        stop = max((s.released for s in used), default=end)
-        return _Span(group, call.start, call.stop, start, stop, index)
+        last = max((s.released for s in used), default=end)
+        again = self._reshards is not False
+        return _Span(group, call.start, call.stop if again else last, start, last, index, again)
 
     def _run(
         self, name: str, clock: int, phase: Phase, span: _Span, own_bytes: int = 0
@@ -283,21 +302,22 @@ class _Layout:
 
     def _lay_backward(self, spans: Sequence[_Span]) -> None:
         """The next group is gathered ahead, once a group has been copied out."""
-        run = [s for s in spans if s.group.module and s.backward_start < self._backward_end]
+        run = [s for s in spans if s.backward_start < self._backward_end]
         run.sort(key=lambda span: span.backward_start)
-        ahead = self._gather(run[0], self._forward_end, Phase.BACKWARD) if run else None
+        gathers = [span for span in run if span.again]
+        following = dict(pairwise((*gathers, None)))
+        ahead = self._gather(gathers[0], self._forward_end, Phase.BACKWARD) if gathers else None
         reduced: _Held | None = None
-        for span, following in pairwise((*run, None)):
-            assert span and ahead
-            start = span.backward_start
-            self._copy_out(span, start, span.backward_stop, Phase.BACKWARD)
-            if following is None:
-                self._lay(ahead, Kind.COLLECTIVE, start)
-            else:
-                gathered, ahead = ahead, self._gather(following, start, Phase.BACKWARD)
-                self._lay(gathered, Kind.COLLECTIVE, ahead.by)
-            reduced = self._reduce(span, reduced)
-        for span in spans:
+        for span in run:
+            if ahead and span.again:
+                start, gathered = span.backward_start, ahead
+                self._copy_out(span, start, span.backward_stop, Phase.BACKWARD)
+                if after := following[span]:
+                    ahead = self._gather(after, start, Phase.BACKWARD)
+                self._lay(gathered, Kind.COLLECTIVE, ahead.by if after else start)
+            if span.group.module:
+                reduced = self._reduce(span, reduced)
+        for span in run:
             if not span.group.module:
                 reduced = self._reduce(span, reduced)
         if reduced is not None:

@@ -9,9 +9,10 @@ PuLP and the standard library, never on torch, and imports PuLP only when a prog
 from functools import partial
 
 from memfit.solvers import auto, baselines, brute_force, count_ilp, flat_ilp, greedy, nested_dp
-from memfit.solvers._compat import NoSolver
+from memfit.solvers._compat import NoSolver, try_backends
 from memfit.solvers.auto import minimise_peak
 from memfit.solvers.check import ProblemError, SolverBug, checked, validate, verify
+from memfit.solvers.nearby import nearby_seconds
 from memfit.solvers.problem import (
     DEFAULT_LIMITS,
     Limits,
@@ -92,10 +93,12 @@ __all__ = [
     "load_problem",
     "loads",
     "minimise_peak",
+    "nearby_seconds",
     "peak_bytes",
     "recompute_seconds",
     "save_problem",
     "solution_to_json",
+    "try_backends",
     "validate",
     "verify",
 ]

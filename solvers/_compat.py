@@ -102,6 +102,25 @@ def minimise(program: Any, gap: float, seconds: float, gap_absolute: float = 0.0
     raise NoSolver(f"{why}; install one with: pip install highspy")
 
 
+def try_backends() -> list[tuple[str, str]]:
+    """The solvers that are here, each with why it fails at one variable, or an empty text."""
+    found = []
+    for name, solve in _backends():
+        least = program("least")
+        x = least.add_variable("x", 0, None, "Integer")
+        least += 1 * x
+        least += 1 * x >= 0.5
+        problem = ""
+        try:
+            outcome = solve(least, 0.0, 10.0, 0.0)
+            if (outcome.status, outcome.objective) != (Status.OPTIMAL, 1.0):
+                problem = f"it answers {outcome.status.value}, {outcome.objective}"
+        except Exception as error:  # solvers fail in ways of their own
+            problem = " ".join(str(error).split())
+        found.append((name, problem))
+    return found
+
+
 def _backends() -> Iterator[tuple[str, Callable[[Any, float, float, float], Outcome]]]:
     library = pulp()
     if library.HiGHS(msg=False).available():

@@ -31,7 +31,7 @@ def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
         return Solution((), Status.INFEASIBLE, 0.0, 0, NAME)
     choices = list(none(problem).choices)
     while peak_bytes(problem, choices) > problem.budget_bytes:
-        step = _step_down(problem, choices)
+        step = step_down(problem, choices)
         if step is None:
             break
         choices[step[0]] = step[1]
@@ -45,16 +45,16 @@ def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
     return describe(problem, choices, status, NAME, solve_seconds=took)
 
 
-def _step_down(problem: Problem, choices: list[int]) -> tuple[int, int] | None:
+def step_down(problem: Problem, choices: list[int]) -> tuple[int, int] | None:
     """The region and the option that free the highest moment at the lowest price; None if none."""
     alive = loads(problem, choices)
     highest = max(range(len(alive)), key=lambda index: alive[index])
-    best, lowest = None, (float("inf"), 0)
-    for r, o, freed, seconds in _changes(problem, choices, highest):
-        price = (seconds / freed, -freed)
-        if price < lowest and _is_lower(problem, choices, r, o, alive):
-            best, lowest = (r, o), price
-    return best
+    changes = _changes(problem, choices, highest)
+    cheapest_first = sorted((seconds / freed, -freed, r, o) for r, o, freed, seconds in changes)
+    for _, _, r, o in cheapest_first:
+        if _is_lower(problem, choices, r, o, alive):
+            return r, o
+    return None
 
 
 def _changes(

@@ -222,9 +222,10 @@ def loads(problem: Problem, choices: Sequence[int]) -> tuple[int, ...]:
             alive[index] += chosen[moment.region].work_bytes(moment.phase)
     for tensor in problem.shared:
         holders = {r for r, o in tensor.holders if choices[r] == o}
+        first = min(holders, default=len(chosen))
         for index in tensor.moments:
             moment = problem.moments[index]
-            if any(r < moment.stored or r == moment.region for r in holders):
+            if first < moment.stored or moment.region in holders:
                 alive[index] += tensor.size_bytes
     for segment in chosen_segments(problem, choices):
         for index, held_bytes in segment.held:

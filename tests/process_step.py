@@ -1,6 +1,7 @@
 """One of two processes of ``test_sharding``: a planned step beside the same one without a plan.
 
     torchrun --nproc-per-node 2 tests/process_step.py MODEL SHARDING SHARE OPTIMIZER [kept]
+        [always|never]
 
 Prints a JSON line with what was predicted and measured, and whether the two agree to the bit. Runs
 in a process of its own, since the allocator's events can be read once in each.
@@ -68,13 +69,13 @@ def let_go_at_once() -> None:
         collective.__call__ = waited  # type: ignore[method-assign]
 
 
-def spread(model: nn.Module, sharding: str, layer: str) -> nn.Module:
+def spread(model: nn.Module, sharding: str, layer: str, reshard: bool | None) -> nn.Module:
     """What is trained: the model itself, of sharded layers, or DDP around it."""
     if sharding == "ddp":
         return DistributedDataParallel(model)
     for module in [m for m in model.modules() if type(m).__name__ == layer]:
-        fully_shard(module)
-    fully_shard(model)
+        fully_shard(module, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
     return model
 
 
@@ -99,13 +100,15 @@ def main(name: str, sharding: str, share: str, optimizer: str, *more: str) -> No
     torch.manual_seed(0)
     model, batch, layer = {"llama": llama, "bert": bert, "lora": lora}[name]()
     other = copy.deepcopy(model.train())
+    reshard = True if "always" in more else False if "never" in more else None
     made = planned(
         model, batch, float(share), optimizer=optimizer, costs="roofline", sharding=sharding,
         world_size=2, wrap=[layer] if sharding == "fsdp2" else None, keep_gradients="kept" in more,
+        reshard_after_forward=reshard,
     )  # fmt: skip
     apply(made, model)
     updates: dict[nn.Module, torch.optim.Optimizer] = {}
-    trained = {m: spread(m, sharding, layer) for m in (model, other)}
+    trained = {m: spread(m, sharding, layer, reshard) for m in (model, other)}
     for m in trained:
         updates[m] = torch.optim.AdamW((p for p in m.parameters() if p.requires_grad), 1e-2)
 

@@ -48,7 +48,7 @@ def test_keys_are_those_of_the_contract(make: Callable[..., Any]) -> None:
     ]  # fmt: skip
     assert value["schema"] == "memfit.plan/1"
     assert value["made_with"].keys() == {"memfit", "torch", "transformers"}
-    assert value["model"].keys() == {
+    assert value["model"].keys() >= {
         "class", "fingerprint", "parameters", "trainable_parameters",
     }  # fmt: skip
     assert value["workload"]["batch"]["input_ids"] == {"shape": [2, 16], "dtype": "int64"}

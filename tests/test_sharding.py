@@ -25,8 +25,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
     "case",
     [
         "llama fsdp2 0.5 adamw",
-        "lora fsdp2 0.6 adamw",
-        "bert fsdp2 0.4 adamw kept",
+        "lora fsdp2 0.6 adamw always",
+        "bert fsdp2 0.4 adamw kept never",
         "llama ddp 0.5 adamw",
     ],
 )
@@ -42,7 +42,10 @@ def test_two_processes_keep_to_their_plan(case: str) -> None:
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(reports) == 2
     for report in reports:
-        assert report["measured_bytes"] == report["predicted_bytes"] <= report["allowed_bytes"]
+        measured = report["measured_bytes"]
+        # DDP now and then takes 128 bytes for its own counts.
+        assert measured == pytest.approx(report["predicted_bytes"], abs=256 * ("ddp" in case))
+        assert measured <= report["allowed_bytes"]
         assert report["equal"] and report["learnt"]
         assert "selective" in report["actions"]
 

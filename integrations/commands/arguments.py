@@ -4,9 +4,11 @@ Depends on the solvers' names and the device table; torch is imported when a mod
 """
 
 import argparse
+import json
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from memfit.planner import Batch
+
+# Exit statuses of every command.
+DONE, UNUSABLE, INFEASIBLE = 0, 2, 3
 
 
 class UsageError(MemfitError, ValueError):
@@ -72,7 +77,7 @@ def make_batch(options: argparse.Namespace) -> "Batch | None":
 def step_options(options: argparse.Namespace) -> dict[str, Any]:
     """What the arguments say of the training step, as ``prepare`` and ``plan`` take it."""
     names = "optimizer device costs selective keep_outputs keep_gradients max_grad_norm autocast"
-    names += " sharding world_size wrap"
+    names += " sharding world_size wrap reshard_after_forward"
     return {name: getattr(options, name) for name in names.split()}
 
 
@@ -86,6 +91,17 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: no permission to write in {path.parent}")
 
 
+def add_class(group: argparse._ArgumentGroup | Parser, default: str = "the config's own") -> None:
+    """What MODEL is built as; ``default`` says what it is where the arguments do not."""
+    group.add_argument(
+        "--dtype", metavar="NAME", help=f"dtype of the weights, such as bfloat16 ({default})"
+    )
+    group.add_argument("--task", metavar="NAME", help=f"causal-lm, masked-lm, ... ({default})")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run model code that comes with the config"
+    )
+
+
 def add_workload(parser: Parser) -> None:
     """The training step, but for the model."""
     group = parser.add_argument_group("the training step")
@@ -93,9 +109,7 @@ def add_workload(parser: Parser) -> None:
     group.add_argument(
         "--sequence-length", type=int, metavar="N", help="tokens in an example (from the config)"
     )
-    group.add_argument(
-        "--dtype", metavar="NAME", help="dtype of the weights, such as bfloat16 (the config's own)"
-    )
+    add_class(group)
     group.add_argument(
         "--optimizer", metavar="NAME", help="adamw, sgd, ... (none: forward and backward only)"
     )
@@ -103,9 +117,6 @@ def add_workload(parser: Parser) -> None:
         "--device",
         metavar="NAME",
         help=f"cuda (the GPU of this machine) or one of {', '.join(DEVICES)}",
-    )
-    group.add_argument(
-        "--task", metavar="NAME", help="causal-lm, masked-lm, ... (what the config is made for)"
     )
     group.add_argument(
         "--keep-outputs",
@@ -138,7 +149,9 @@ def add_workload(parser: Parser) -> None:
         "--wrap", action="append", metavar="CLASS", help="class of the layers that FSDP2 shards"
     )
     group.add_argument(
-        "--trust-remote-code", action="store_true", help="run model code that comes with the config"
+        "--reshard-after-forward",
+        action=argparse.BooleanOptionalAction,
+        help="what FSDP2's fully_shard is told (by default it reshards all but the model's own)",
     )
     group.add_argument(
         "--costs",
@@ -178,6 +191,16 @@ def add_solver(group: argparse._ArgumentGroup | Parser) -> None:
         metavar="SECONDS",
         help="stop with the best plan found after this long (20)",
     )
+
+
+def add_json(parser: Parser, what: str) -> None:
+    """``--json``, for commands whose product is a table."""
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def write_json(schema: str, value: Mapping[str, Any]) -> None:
+    """``value`` on stdout, as a document that says what it is."""
+    sys.stdout.write(json.dumps({"schema": schema} | dict(value), indent=2) + "\n")
 
 
 def add_debug(parser: Parser) -> None:

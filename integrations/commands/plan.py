@@ -22,9 +22,10 @@ from memfit.integrations.commands.arguments import (
     step_options,
 )
 from memfit.integrations.progress import Progress, hushed
+from memfit.integrations.terminal import red
 from memfit.planner.budget import parse_budget
 from memfit.planner.document import Plan
-from memfit.planner.report import format_plan
+from memfit.planner.report import OVER, format_plan
 
 _EXAMPLES = """\
 examples:
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         if options.timings:
             sys.stderr.write(progress.timings())
     if not options.quiet:
-        sys.stderr.write(format_plan(plan))
+        sys.stderr.write(format_plan(plan).replace(OVER, red(OVER, sys.stderr)))
     if options.output is not None:
         plan.save(options.output)
     else:

@@ -7,11 +7,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from memfit.integrations.commands.arguments import Commands, UsageError, add_debug, check_writable
+from memfit.integrations.commands.arguments import (
+    Commands,
+    UsageError,
+    add_debug,
+    add_json,
+    check_writable,
+)
+from memfit.integrations.terminal import red
 from memfit.integrations.timeline import check_picture, draw_timeline
 from memfit.planner.document import Plan
 from memfit.planner.peak_report import format_peak
-from memfit.planner.report import format_plan
+from memfit.planner.report import OVER, format_plan
 
 _EXAMPLES = """\
 examples:
@@ -46,11 +53,12 @@ def add(commands: Commands) -> None:
         help="draw the bytes alive over the step into an .html page, or a .png or .svg figure "
         "(these with matplotlib: pip install 'memfit[plot]')",
     )
+    add_json(parser, "the plan")
     add_debug(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a table, draws a picture, or both."""
+    """Prints a table or the plan as this version of memfit reads it, draws a picture, or both."""
     if options.timeline is not None:
         check_picture(options.timeline)
         check_writable(options.timeline)
@@ -59,10 +67,12 @@ def run(options: argparse.Namespace) -> None:
     plan = Plan.load(options.plan)
     if options.timeline is not None:
         draw_timeline(plan, options.timeline)
-    if options.top is not None:
+    if options.json:
+        sys.stdout.write(plan.to_json())
+    elif options.top is not None:
         sys.stdout.write(format_peak(plan, options.top))
     elif options.timeline is None:
-        sys.stdout.write(format_plan(plan))
+        sys.stdout.write(format_plan(plan).replace(OVER, red(OVER, sys.stdout)))
 
 
 def _count(text: str) -> int:
