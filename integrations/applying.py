@@ -23,7 +23,7 @@ from memfit.integrations.selective import SelectiveForward
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
 from memfit.planner.document import ACTIONS, Plan, RegionPlan
-from memfit.planner.fingerprint import differences, fingerprint
+from memfit.planner.fingerprint import differences, fingerprint, unsharded_class
 
 # What the regions of a plan share.
 _Common = tuple[Relay, Verdict]
@@ -165,6 +165,9 @@ class _Guard:
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         setattr(self, PLANNED_MARKER, True)
+        self._together = plan.workload.sharding != "fsdp2" and any(
+            region.recompute_input for region in plan.regions
+        )
         times = Counter(region.name for region in plan.regions)
         self._turns = tuple(name for name, count in times.items() if count > 1)
         # Names, not modules: a hook that holds its model would keep it from being freed.
@@ -178,6 +181,11 @@ class _Guard:
                 f"activation checkpointing was switched on in {type(model).__name__} beside the "
                 "plan; call model.activation_checkpointing_disable() to train by the plan, or "
                 "remove() the plan to train with checkpointing"
+            )
+        if self._together and unsharded_class(model) is not type(model):
+            raise ApplyError(
+                f"the plan recomputes modules of {type(model).__name__} together, of which FSDP2 "
+                "gathers the weights one by one; make it with plan(..., sharding='fsdp2')"
             )
         for name in self._turns:
             forward = model.get_submodule(name).__dict__.get("forward")

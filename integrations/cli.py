@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from memfit.integrations.commands import check, doctor, explain, plan, show, solve
+from memfit.integrations.commands import check, curve, doctor, explain, fit, plan, show, solve
 from memfit.integrations.commands.arguments import DONE, INFEASIBLE, UNUSABLE, Parser
 from memfit.integrations.terminal import red
 from memfit.planner.errors import InfeasibleBudget, MemfitError
 
-COMMANDS = (plan, show, explain, check, solve, doctor)
+COMMANDS = (plan, fit, curve, show, explain, check, solve, doctor)
 # What a shell reports for a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -27,6 +27,8 @@ examples:
       --device cpu -o plan.json
   memfit plan ./my-model --budget 24GiB --batch-size 8 --sequence-length 2048 \\
       --dtype bfloat16 --optimizer adamw --device h100 > plan.json
+  memfit fit llama --budget 24GiB --dtype bfloat16 --device rtx4090
+  memfit curve bert --batch-size 16 --device a10g --plot curve.png
   memfit show plan.json
   memfit explain plan.json
   memfit check plan.json ./my-model --max-peak 24GiB

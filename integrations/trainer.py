@@ -24,7 +24,10 @@ from memfit.planner.target import find_target, resolve_budget
 
 PLAN_FILE = "memfit_plan.json"
 _DECIDED = frozenset(
-    {"batch", "optimizer", "autocast", "keep_gradients", "max_grad_norm", "progress"}
+    {
+        *("batch", "optimizer", "autocast", "keep_gradients", "max_grad_norm", "progress"),
+        *("sharding", "world_size", "wrap", "reshard_after_forward"),
+    }
 )
 # Losses, norms and counts that the Trainer holds beside a step, each an allocation on a GPU.
 OWN_BYTES = 16 * 512
@@ -148,8 +151,7 @@ class _Training:
         budget, options = self._callback.budget, self._callback.options
         target = find_target(self._model, options.get("device"))
         own = 0 if budget == "auto" else OWN_BYTES
-        if self._args.world_size > 1:  # DistributedDataParallel copies gradients into its buckets
-            own += sum(p.nbytes for p in self._model.parameters() if p.requires_grad)
+        processes = self._args.world_size
         try:
             return plan(
                 self._model,
@@ -158,6 +160,8 @@ class _Training:
                 optimizer=self._optimizer,
                 keep_gradients=self._args.gradient_accumulation_steps > 1,
                 max_grad_norm=self._args.max_grad_norm or None,
+                sharding="ddp" if processes > 1 else None,
+                world_size=processes,
                 **options,
             )
         except InfeasibleBudget as error:
@@ -200,8 +204,9 @@ def _refuse(args: TrainingArguments) -> None:
         launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
         if getattr(args, engine, None) or launched:
             raise ApplyError(
-                f"{what} splits the model over processes, which is not planned for yet; train with "
-                "DDP or in one process, or drop MemfitCallback"
+                f"{what} shards the model before MemfitCallback sees it; train with DDP or in one "
+                "process, or in a loop of your own with fully_shard() and "
+                "plan(model, budget, sharding='fsdp2', world_size=...)"
             )
     if args.torch_compile:
         raise ApplyError(

@@ -85,6 +85,11 @@ def make_batch(model: nn.Module, batch: Batch | None = None) -> tuple[Arguments,
     return arguments, description
 
 
+def most_tokens(model: nn.Module) -> int | None:
+    """Positions that a model of text has; None where its config names no limit."""
+    return _Maker(_unwrapped(model), Batch())._positions()
+
+
 def remake_batch(
     model: nn.Module, specs: Mapping[str, TensorSpec]
 ) -> tuple[Arguments | tuple[torch.Tensor, ...], str]:

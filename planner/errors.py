@@ -29,3 +29,7 @@ class InfeasibleBudget(MemfitError, ValueError):
     def __init__(self, message: str, minimum_bytes: int) -> None:
         super().__init__(message)
         self.minimum_bytes = minimum_bytes
+
+
+class ShardingError(MemfitError, ValueError):
+    """A way to train in several processes that cannot be planned for."""

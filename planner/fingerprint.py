@@ -39,7 +39,7 @@ def fingerprint(model: nn.Module) -> str:
     """Hashes of class, parameters, trainable set and config, as ``class:..-parameters:..``."""
     named = list(model.named_parameters(remove_duplicate=False))
     parts = {
-        "class": _unsharded_class(model).__qualname__,
+        "class": unsharded_class(model).__qualname__,
         "parameters": [(n, list(p.shape), str(p.dtype)) for n, p in named],
         "training": [n for n, p in named if p.requires_grad],
         "config": _config(model),
@@ -55,7 +55,7 @@ def differences(expected: str, found: str) -> list[str]:
     return [words for name, words in _PARTS.items() if a.get(name) != b.get(name)]
 
 
-def _unsharded_class(model: nn.Module) -> type:
+def unsharded_class(model: nn.Module) -> type:
     """The class of a model; ``fully_shard`` makes an FSDPModule of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = getattr(fsdp, "FSDPModule", ())

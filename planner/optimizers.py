@@ -62,12 +62,15 @@ class OptimizerFactory:
             raise OptimizerError(
                 f"{self.name} cannot be made anew for planning: {error}"
             ) from error
-        parameters = [p for group in update.param_groups for p in group["params"]]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with FakeOps():  # type: ignore[no-untyped-call]
+            kin = _alike(update)
+            for first in kin:
+                first.grad = torch.zeros_like(first)
             self.run(update)
-        update.zero_grad(set_to_none=True)
+            update.zero_grad(set_to_none=True)
+            for first, others in kin.items():
+                for other in others:
+                    update.state[other] = _another(update.state[first])
         names = {id(p): name for name, p in named.items()}
         for parameter, state in update.state.items():
             for key, value in state.items():
@@ -172,6 +175,35 @@ def _like(optimizer: torch.optim.Optimizer, model: nn.Module, foreach: bool) -> 
     cls: Callable[..., torch.optim.Optimizer] = type(optimizer)
     defaults = {k: v for k, v in optimizer.defaults.items() if k in _keywords(cls)}
     return OptimizerFactory(type(optimizer).__name__, lambda g: cls(g, **defaults), tuple(groups))
+
+
+def _alike(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, list[torch.Tensor]]:
+    """Trainable parameters of a group with the same shape and dtype, by the first of them.
+
+    An optimizer keeps the same for each, so that a step of the first shows what.
+    """
+    first: dict[object, torch.Tensor] = {}
+    kin: dict[torch.Tensor, list[torch.Tensor]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                key = number, parameter.shape, parameter.stride(), parameter.dtype
+                if (known := first.setdefault(key, parameter)) is parameter:
+                    kin[parameter] = []
+                else:
+                    kin[known].append(parameter)
+    return kin
+
+
+def _another(state: Any) -> Any:
+    """The same for another parameter; what is no tensor is as it was."""
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: _another(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_another, state))
+    return state
 
 
 def _keywords(cls: Callable[..., Any]) -> Iterable[str]:

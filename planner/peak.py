@@ -32,4 +32,4 @@ def describe_peak(step: StepGraph, regions: Sequence[Region], timeline: Timeline
     if step.ops[op].workspace_bytes:
         alive["workspace"] += step.ops[op].workspace_bytes
     where = Places(step, regions).of_slot(op, int(timeline.recomputed[slot]))
-    return Peak(where, dict(alive.most_common()))
+    return Peak(where, {kind: size for kind, size in alive.most_common() if size})

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from memfit.planner.budget import format_bytes
-from memfit.planner.document import Plan, RegionPlan, TensorSpec
+from memfit.planner.document import Plan, RegionPlan, TensorSpec, Workload
 
 WIDTH = 80
 _LABEL_WIDTH = 12
@@ -69,6 +69,7 @@ def _facts(plan: Plan) -> str:
         "autocast": plan.workload.autocast or "",
         "optimizer": plan.workload.optimizer or "none: forward and backward only",
         "device": f"{plan.workload.device}, times: {plan.workload.costs}",
+        "processes": _processes(plan.workload),
         "budget": f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",
         "peak": _peak(plan),
         "alive there": _listed(
@@ -93,6 +94,17 @@ def _model(plan: Plan) -> str:
 
 def _tensor(name: str, spec: TensorSpec) -> str:
     return f"{name} {format_tensor(spec.shape, spec.dtype)}"
+
+
+def _processes(workload: Workload) -> str:
+    """Empty for one."""
+    if workload.sharding is None:
+        return ""
+    layers = f" of {', '.join(workload.wrap)}" if workload.wrap else ""
+    return (
+        f"{workload.world_size}, {workload.sharding}{layers}; all figures are of one, without the "
+        "seconds of communication"
+    )
 
 
 def _peak(plan: Plan) -> str:

@@ -137,7 +137,8 @@ def main(name: str, sharding: str, share: str, optimizer: str, *more: str) -> No
         "equal": all(torch.equal(local(p), local(q)) for p, q in pairs),
         "learnt": any(p.grad is not None and bool(local(p.grad).any()) for p, _ in pairs),
     }
-    print(json.dumps(report), flush=True)
+    sys.stdout.write(json.dumps(report) + "\n")  # in one piece, beside the other process's
+    sys.stdout.flush()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -12,13 +12,13 @@ from benchmarks.coverage import Row, conclude
 ROOT = Path(__file__).parents[1]
 
 FAMILIES = {
-    "decoders": "bloom falcon gemma2 gpt2 gpt_neox gptj llama olmo2 opt phi3 qwen3 stablelm",
+    "decoders": "bloom falcon gemma2 gpt2 gpt_neox llama olmo2 opt phi3 qwen3",
     "encoders": "albert bert deberta-v2 distilbert electra fnet funnel modernbert roberta xlnet",
     "encoder-decoders": "bart led m2m_100 marian pegasus t5 umt5",
     "experts": "deepseek_v3 gpt_oss mixtral olmoe qwen3_moe",
-    "states": "falcon_mamba jamba mamba rwkv",
-    "pictures": "beit convnext deit dinov2 levit mobilenet_v2 resnet segformer swin vit",
-    "detection": "conditional_detr detr rt_detr table-transformer yolos",
+    "states": "mamba rwkv",
+    "pictures": "beit convnext deit dinov2 resnet segformer swin vit",
+    "detection": "conditional_detr detr rt_detr yolos",
     "sound": "audio-spectrogram-transformer hubert speech_to_text wav2vec2 whisper",
     "several kinds": "blip clip git layoutlm llava paligemma qwen2_vl siglip vilt",
     "others": "decision_transformer esm patchtst time_series_transformer",

@@ -15,8 +15,10 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_python_example_keeps_its_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, in_a_script = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert "MemfitCallback" in in_a_script, "test_examples.py runs that"
+    code, in_a_script, sharded = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "MemfitCallback" in in_a_script and "fully_shard" in sharded, (
+        "test_examples.py runs them"
+    )
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)
@@ -31,7 +33,9 @@ def test_the_commands_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^    memfit (.+)$", README, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 10
     for command in commands:
-        words = shlex.split(command.split(">")[0])
-        assert main(words) == 0, capsys.readouterr().err
+        words, _, target = command.partition(" > ")
+        assert main(shlex.split(words, comments=True)) == 0, capsys.readouterr().err
+        if target:
+            Path(target).write_text(capsys.readouterr().out)

@@ -4,17 +4,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from memfit.planner import Batch, plan
-from memfit.planner.errors import SolverError
-from memfit.planner.sharding import ShardingError, find_groups
+from memfit.integrations import apply
+from memfit.integrations.forwards import ApplyError
+from memfit.planner import Batch, InfeasibleBudget, plan
+from memfit.planner.errors import ShardingError, SolverError
+from memfit.planner.fsdp2 import find_groups
+from memfit.planner.preparing import prepare
+from memfit.planner.report import format_plan
+from memfit.planner.step_graph import Kind
+from memfit.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 LEAVING = str(Path(__file__).parent / "leave_at_once.py")
@@ -60,6 +68,7 @@ def test_a_process_holds_its_shard(make: Callable[..., Any]) -> None:
     saved = alone.resident_bytes - shared.predicted.resident_bytes
     assert state * 7 / 8 * 0.95 < saved <= state * 7 / 8
     assert "gathered parameter" in shared.predicted.alive_at_peak
+    assert "8, fsdp2 of LlamaDecoderLayer; all figures are of one" in format_plan(shared)
     buckets = plan(model, 1 << 40, batch, sharding="ddp", **options).predicted
     assert buckets.resident_bytes - alone.resident_bytes == pytest.approx(state / 3, rel=0.01)
 
@@ -83,6 +92,25 @@ def test_what_holds_layers_that_are_gathered_apart_is_kept(make: Callable[..., A
     layers = [r for r in made.regions if r.name.startswith("model.layers")]
     assert len(layers) == 2
     assert all("gathered apart" in r.kept_because for r in layers)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("reshard", [None, True, False])
+def test_what_is_laid_over_a_step_lives_in_it(
+    name: str, reshard: bool | None, make: Callable[..., Any]
+) -> None:
+    model, batch = make(name, layers=2)
+    next(iter(model.parameters())).requires_grad_(False)
+    wrap = ["BertLayer"] if name == "bert" else None
+    task = prepare(
+        model, batch, device="h100", sharding="fsdp2", world_size=4, wrap=wrap,
+        reshard_after_forward=reshard, optimizer="adamw",
+    ).task  # fmt: skip
+    laid = [s for s in task.step.storages if s.born >= 0 and s.size_bytes]
+    assert {Kind.WHOLE_PARAMETER, Kind.COLLECTIVE} <= {s.kind for s in laid}
+    assert all(s.born < s.released <= len(task.step.ops) for s in laid)
+    outcome = task.simulate(SOLVERS["none"](task.problem))
+    assert (outcome.timeline.alive_bytes >= task.resident_bytes).all()
 
 
 class Plain(nn.Module):
@@ -118,3 +146,32 @@ def test_regions_are_not_recomputed_together(make: Callable[..., Any]) -> None:
     with pytest.raises(SolverError, match="does not gather the weights"):
         plan(model, 1 << 40, batch, solver="nested_dp", **options)
     assert plan(model, 1 << 40, Batch(1, 8), **options).predicted.overhead == 0
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    meet = (tmp_path / "meet").as_uri()
+    dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_plan_for_one_process_is_refused_where_it_cannot_run(make: Callable[..., Any]) -> None:
+    model, batch = make("llama", layers=4)
+    with pytest.raises(InfeasibleBudget) as error:
+        plan(model, 1, batch, device="cpu")
+    made = plan(model, error.value.minimum_bytes, batch, device="cpu")
+    assert any(region.recompute_input for region in made.regions)
+    handle = apply(made, model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with pytest.raises(ApplyError, match=r"make it with plan\(\.\.\., sharding='fsdp2'\)"):
+        model(**batch)
+    with pytest.raises(ShardingError, match="is sharded already"):
+        plan(model, "1GiB", batch, device="cpu")
+    handle.remove()
+    free = plan(make("llama", layers=4)[0], "1GiB", batch, device="cpu")
+    with apply(free, model):
+        model(**batch).loss.backward()

@@ -180,7 +180,7 @@ def test_training_is_resumed_under_a_plan(tmp_path: Path) -> None:
     [
         ("activation_checkpointing", "activation_checkpointing=True in TrainingArguments"),
         ("torch_compile", "torch_compile=True compiles the model before"),
-        ("fsdp", "FSDP splits the model over processes"),
+        ("fsdp", "FSDP shards the model before"),
     ],
 )
 def test_what_a_plan_cannot_run_beside_is_refused_before_it_trains(

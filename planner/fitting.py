@@ -1,0 +1,119 @@
+"""How large a batch, or how long a sequence, fits a budget: unplanned, planned, checkpointed.
+
+Every size that is looked at is captured and simulated; only which one is looked at next is a guess.
+Depends on the preparation and on the solvers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from memfit.planner.curve import smallest_budget
+from memfit.planner.errors import InfeasibleBudget
+from memfit.planner.preparing import Prepared
+from memfit.planner.solving import Outcome, Task
+from memfit.solvers import SOLVERS
+
+UNPLANNED, PLANNED, FULL = "unplanned", "planned", "full checkpointing"
+WAYS = (UNPLANNED, PLANNED, FULL)
+_SOLVERS = {UNPLANNED: "none", FULL: "full"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The largest size that fits in one way."""
+
+    way: str
+    size: int
+    """0 where not even 1 fits; the other figures are 0 then."""
+    is_limit: bool
+    """Whether it is the largest that the model takes, and more would fit."""
+    peak_bytes: int
+    step_seconds: float
+    overhead: float
+    """Share of the unplanned step's seconds that is recomputed."""
+
+
+def find_fits(
+    prepare_size: Callable[[int], Prepared], budget_bytes: int, most: int | None = None
+) -> tuple[Fit, ...]:
+    """The largest sizes within a budget, one for each of :data:`WAYS`.
+
+    ``prepare_size`` prepares the step of a size from 1 to ``most``. What a step needs must not fall
+    with its size. Raises :class:`InfeasibleBudget` when no plan of size 1 keeps the budget.
+    """
+    task_of = cache(lambda size: prepare_size(size).task)
+    needs = cache(lambda size, way: _needs(task_of(size), way))
+    least = needs(1, PLANNED)
+    if least > budget_bytes:
+        raise InfeasibleBudget(
+            f"not even the smallest step fits {budget_bytes} bytes: it needs {least} bytes with a "
+            "plan. Raise the budget, shard the model, or train fewer parameters.",
+            least,
+        )
+    found = []
+    for way in WAYS:
+        size = largest(lambda size, way=way: needs(size, way), budget_bytes, most)  # type: ignore[misc]
+        found.append(_fit(way, size, size == most, task_of, budget_bytes))
+    return tuple(found)
+
+
+def largest(needs: Callable[[int], int], budget_bytes: int, most: int | None = None) -> int:
+    """Largest size from 1 to ``most`` that needs at most the budget; 0 if there is none.
+
+    ``needs`` must not fall. It is taken for a line to choose what to look at next, and halved in
+    between where it is none.
+    """
+    known: dict[int, int] = {}
+    low, high = 0, most + 1 if most is not None else None
+    while high is None or high - low > 1:
+        size = _next(known, low, high, budget_bytes)
+        known[size] = needs(size)
+        if known[size] <= budget_bytes:
+            low = size
+        else:
+            high = size
+    return low
+
+
+def _next(known: dict[int, int], low: int, high: int | None, budget_bytes: int) -> int:
+    """A size above ``low`` and below ``high``."""
+    guess = 2 * low or 1
+    sizes = sorted(known, key=lambda size: abs(known[size] - budget_bytes))[:2]
+    if len(sizes) == 2 and len(known) % 3:
+        a, b = sorted(sizes)
+        if slope := (known[b] - known[a]) / (b - a):
+            guess = int(a + (budget_bytes - known[a]) / slope)
+    elif high is not None:
+        guess = (low + high) // 2
+    top = high - 1 if high is not None else 8 * max(1, low)
+    return max(low + 1, min(guess, top))
+
+
+def _needs(task: Task, way: str) -> int:
+    """Bytes of the smallest budget that a step fits in one way."""
+    if way == PLANNED:
+        return smallest_budget(task)
+    return _by_hand(task, way).timeline.peak_bytes + task.margin_bytes
+
+
+def _by_hand(task: Task, way: str) -> Outcome:
+    return task.simulate(SOLVERS[_SOLVERS[way]](task.problem, task.limits))
+
+
+def _fit(
+    way: str, size: int, is_limit: bool, task_of: Callable[[int], Task], budget_bytes: int
+) -> Fit:
+    if not size:
+        return Fit(way, 0, False, 0, 0.0, 0.0)
+    task = task_of(size)
+    outcome = task.within(budget_bytes).solve("auto") if way == PLANNED else _by_hand(task, way)
+    seconds, again = task.step.seconds, outcome.solution.recompute_seconds
+    return Fit(
+        way=way,
+        size=size,
+        is_limit=is_limit,
+        peak_bytes=outcome.timeline.peak_bytes,
+        step_seconds=seconds + again,
+        overhead=again / seconds if seconds else 0.0,
+    )

@@ -1,0 +1,89 @@
+"""``memfit curve``: more memory is never slower, and what is done by hand is no better."""
+
+import csv
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit.integrations import cli
+from memfit.planner import InfeasibleBudget, plan
+from memfit.planner.curve import BY_HAND, PLAN, Point, find_curve
+from memfit.planner.preparing import prepare
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "costs": "roofline"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_curve_is_monotone_and_below_what_is_done_by_hand(
+    name: str, make: Callable[..., Any]
+) -> None:
+    model, batch = make(name, layers=3)
+    points = find_curve(prepare(model, batch, **OPTIONS), 7)
+    planned = [point for point in points if point.name == PLAN]
+    assert [p.name for p in points] == [PLAN] * 7 + list(BY_HAND)
+    assert planned[0].overhead > planned[-1].overhead == 0
+    for a, b in pairwise(planned):
+        assert a.budget_bytes < b.budget_bytes
+        assert a.overhead >= b.overhead and a.peak_bytes <= b.peak_bytes
+    for point in points:
+        assert point.peak_bytes <= point.budget_bytes
+    for hand in points[7:]:
+        made = plan(model, max(hand.budget_bytes, planned[0].budget_bytes), batch, **OPTIONS)
+        assert made.predicted.overhead <= hand.overhead + 1e-9
+    with pytest.raises(InfeasibleBudget):
+        plan(model, int(planned[0].budget_bytes * 0.97), batch, **OPTIONS)
+
+
+def test_a_curve_has_two_ends(make: Callable[..., Any]) -> None:
+    prepared = prepare(*make("bert", layers=2), **OPTIONS)
+    with pytest.raises(ValueError, match="points is 1"):
+        find_curve(prepared, 1)
+    first, last = (p for p in find_curve(prepared, 2) if p.name == PLAN)
+    assert first.peak_bytes < last.peak_bytes
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 2, "vocab_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_positions": 64}))
+    step = ["--batch-size", "4", "--device", "cpu", "--costs", "roofline", "--points", "4"]
+    return ["curve", str(tmp_path / "config.json"), *step]
+
+
+def test_the_forms_agree(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, png, svg = (tmp_path / name for name in ("curve.csv", "curve.png", "curve.svg"))
+    assert cli.main([*words, "--json", "--csv", str(table), "--plot", str(png)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    points = [Point(**point) for point in found["points"]]
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["name"], int(r["peak_bytes"])) for r in rows] == [
+        (p.name, p.peak_bytes) for p in points
+    ]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*words, "--plot", str(svg)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [p.name for p in points]
+    assert all(len(line) <= 80 for line in lines)
+    assert all(name in svg.read_text() for name in BY_HAND)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--points", "1"], "'1' is not a number from 2 up"),
+        (["--plot", "curve.pdf"], "ends in .png or .svg"),
+        (["--csv", "nowhere/curve.csv"], "there is no directory nowhere"),
+    ],
+)
+def test_wrong_words_are_named(
+    words: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, *more]) == 2
+    assert message in capsys.readouterr().err
