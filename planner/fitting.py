@@ -35,14 +35,22 @@ class Fit:
 
 
 def find_fits(
-    prepare_size: Callable[[int], Prepared], budget_bytes: int, most: int | None = None
+    prepare_size: Callable[[int], Prepared],
+    budget_bytes: int,
+    most: int | None = None,
+    prepare_answer: Callable[[int], Prepared] | None = None,
 ) -> tuple[Fit, ...]:
     """The largest sizes within a budget, one for each of :data:`WAYS`.
 
-    ``prepare_size`` prepares the step of a size from 1 to ``most``. What a step needs must not fall
-    with its size. Raises :class:`InfeasibleBudget` when no plan of size 1 keeps the budget.
+    ``prepare_size`` prepares the step of a size from 1 to ``most``; one that fits is prepared by
+    ``prepare_answer``, if that is given, which may take its time over the seconds: on a device, ops
+    of a size that does not fit cannot be timed. What a step needs must not fall with its size.
+    Raises :class:`InfeasibleBudget` when no plan of size 1 keeps the budget.
     """
     task_of = cache(lambda size: prepare_size(size).task)
+    answer_of = task_of
+    if prepare_answer is not None:
+        answer_of = cache(lambda size: prepare_answer(size).task)
     needs = cache(lambda size, way: _needs(task_of(size), way))
     least = needs(1, PLANNED)
     if least > budget_bytes:
@@ -54,7 +62,7 @@ def find_fits(
     found = []
     for way in WAYS:
         size = largest(lambda size, way=way: needs(size, way), budget_bytes, most)  # type: ignore[misc]
-        found.append(_fit(way, size, size == most, task_of, budget_bytes))
+        found.append(_fit(way, size, size == most, answer_of, budget_bytes))
     return tuple(found)
 
 

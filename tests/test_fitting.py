@@ -105,6 +105,23 @@ def test_the_answer_trains_and_its_successor_does_not(
         assert fit.peak_bytes <= budget and not fit.is_limit
 
 
+def test_only_what_fits_is_timed(config: Callable[[str], str]) -> None:
+    model = build_model(config("gpt2"))
+    tried, timed = [], []
+
+    def trying(size: int) -> Any:
+        tried.append(size)
+        return prepare(model, Batch(size, LENGTH), device="cpu", costs="roofline")
+
+    def timing(size: int) -> Any:
+        timed.append(size)
+        return trying(size)
+
+    fits = find_fits(trying, 3 * 2**19, None, timing)
+    assert timed == list(dict.fromkeys(fit.size for fit in fits))
+    assert max(tried) > max(timed)
+
+
 def test_nothing_fits(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", config("gpt2"), "--budget", "1MiB", "--device", "cpu", "--costs", "roofline"]
     assert cli.main(words) == 3

@@ -6,6 +6,7 @@ Depends on the planner; torch and transformers are imported when the model is bu
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memfit.integrations.commands.arguments import (
@@ -87,21 +88,26 @@ def _search(
     from memfit.planner.target import find_target, resolve_budget
 
     model = build_model(options)
-    budget_bytes = resolve_budget(options.budget, find_target(model, options.device))
+    target = find_target(model, options.device)
+    budget_bytes = resolve_budget(options.budget, target)
 
     def batch(size: int) -> Batch:
         if by_length:
             return Batch(options.batch_size, size * TOKENS)
         return Batch(size, options.sequence_length)
 
-    def prepared(size: int) -> Prepared:
+    def prepared(size: int, **more: str) -> Prepared:
         made = batch(size)
         what = f"{made.length} tokens" if by_length else f"a batch of {size}"
         progress.begin(f"trying {what}")
-        return prepare(model, made, **step_options(options))
+        return prepare(model, made, **(step_options(options) | more))
 
+    tried = partial(prepared, costs="roofline")
+    times = options.costs == "measured" or (options.costs == "auto" and target.is_present)
     limit = most_tokens(model) if by_length else None
-    fits = find_fits(prepared, budget_bytes, limit // TOKENS if limit else None)
+    fits = find_fits(
+        tried, budget_bytes, limit // TOKENS if limit else None, prepared if times else None
+    )
     ids = make_batch(model, batch(1))[0].get("input_ids")
     return fits, ids.shape[-1] if ids is not None and ids.dim() > 1 else 0, budget_bytes
 
