@@ -3,6 +3,7 @@
 One preparation, many solves. Depends on the preparation and on the solvers.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memfit.planner.errors import InfeasibleBudget
@@ -34,8 +35,8 @@ def find_curve(
 ) -> tuple[Point, ...]:
     """Plans for budgets from the smallest that has one to what the unplanned step needs.
 
-    The budgets are evenly spread; of a larger one the plan is never slower. After them come the
-    baselines. ``points`` is 2 at least.
+    The budgets are evenly spread; with a larger one the plan is never slower, with a smaller one
+    its peak never higher. After them come the baselines. ``points`` is 2 at least.
     """
     if points < 2:
         raise ValueError(f"points is {points}; a curve has 2 at least")
@@ -45,21 +46,13 @@ def find_curve(
     most = none.timeline.peak_bytes + task.margin_bytes
     say("solving for the smallest budget")
     least = min(smallest_budget(task), most)
-    found: list[Point] = []
-    best: Outcome | None = None
-    for number in range(points):
-        budget = least + (most - least) * number // (points - 1)
-        say(f"solving for point {number + 1} of {points}")
-        outcome = task.within(budget).solve("auto")
-        # Solvers stop within a gap, and what fitted a smaller budget fits this one.
-        if best is None or outcome.solution.recompute_seconds < best.solution.recompute_seconds:
-            best = outcome
-        found.append(_point(PLAN, budget, best, task))
-    by_hand = ((name, task.simulate(SOLVERS[name](task.problem, task.limits))) for name in BY_HAND)
-    for name, outcome in by_hand:
-        needs = outcome.timeline.peak_bytes + task.margin_bytes
-        found.append(_point(name, needs, outcome, task))
-    return tuple(found)
+    budgets = [least + (most - least) * number // (points - 1) for number in range(points)]
+    outcomes = []
+    for number, budget in enumerate(budgets, start=1):
+        say(f"solving for point {number} of {points}")
+        outcomes.append(task.within(budget).solve("auto"))
+    plans = (_point(PLAN, budget, _best(outcomes, budget, task), task) for budget in budgets)
+    return (*plans, *_by_hand(task))
 
 
 def smallest_budget(task: Task) -> int:
@@ -69,6 +62,20 @@ def smallest_budget(task: Task) -> int:
     except InfeasibleBudget as error:
         return error.minimum_bytes
     return 1
+
+
+def _best(outcomes: Sequence[Outcome], budget_bytes: int, task: Task) -> Outcome:
+    """The fastest that fits, of all budgets' plans: solvers stop within a gap, each at another."""
+    fitting = (o for o in outcomes if o.timeline.peak_bytes + task.margin_bytes <= budget_bytes)
+    return min(fitting, key=lambda o: (o.solution.recompute_seconds, o.timeline.peak_bytes))
+
+
+def _by_hand(task: Task) -> Iterator[Point]:
+    """The baselines."""
+    for name in BY_HAND:
+        outcome = task.simulate(SOLVERS[name](task.problem, task.limits))
+        needs = outcome.timeline.peak_bytes + task.margin_bytes
+        yield _point(name, needs, outcome, task)
 
 
 def _point(name: str, budget_bytes: int, outcome: Outcome, task: Task) -> Point:

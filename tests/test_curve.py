@@ -5,14 +5,17 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from memfit.integrations import cli
 from memfit.planner import InfeasibleBudget, plan
-from memfit.planner.curve import BY_HAND, PLAN, Point, find_curve
+from memfit.planner.curve import BY_HAND, PLAN, Point, find_curve, smallest_budget
 from memfit.planner.preparing import prepare
+from memfit.planner.solving import Outcome, Task
+from memfit.solvers import SOLVERS
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "costs": "roofline"}
 
@@ -36,6 +39,29 @@ def test_the_curve_is_monotone_and_below_what_is_done_by_hand(
         assert made.predicted.overhead <= hand.overhead + 1e-9
     with pytest.raises(InfeasibleBudget):
         plan(model, int(planned[0].budget_bytes * 0.97), batch, **OPTIONS)
+
+
+def test_the_curve_is_monotone_whatever_the_solver_finds(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(*make("gpt2", layers=4), **OPTIONS)
+    task, most = prepared.task, find_curve(prepared, 2)[1].budget_bytes
+    least = smallest_budget(task)
+    known = [task.within(least + (most - least) * i // 11).solve("auto") for i in range(12)]
+    known += [task.simulate(SOLVERS[name](task.problem)) for name in BY_HAND]  # worse than need be
+    solve, random = Task.solve, Random(0)
+
+    def by_luck(self: Task, solver: str) -> Outcome:
+        own = self.problem.budget_bytes
+        fitting = [outcome for outcome in known if outcome.timeline.peak_bytes <= own]
+        return random.choice(fitting) if fitting else solve(self, solver)
+
+    monkeypatch.setattr(Task, "solve", by_luck)
+    for _ in range(6):
+        planned = [point for point in find_curve(prepared, 12) if point.name == PLAN]
+        for a, b in pairwise(planned):
+            assert a.overhead >= b.overhead and a.peak_bytes <= b.peak_bytes
+            assert a.peak_bytes <= a.budget_bytes
 
 
 def test_a_curve_has_two_ends(make: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,16 +53,25 @@ def add_model(parser: Parser) -> None:
     )
 
 
-def build_model(options: argparse.Namespace) -> "nn.Module":
-    """The model that the arguments name, on meta."""
+def build_model(
+    options: argparse.Namespace, *, dtype: str | None = None, class_name: str | None = None
+) -> "nn.Module":
+    """The model that the arguments name, on meta; ``dtype`` and the class where they do not."""
     from memfit.integrations import models
 
-    return models.build_model(
+    model = models.build_model(
         options.model,
         task=options.task,
-        dtype=options.dtype,
+        dtype=options.dtype or dtype,
         trust_remote_code=options.trust_remote_code,
+        class_name=None if options.lora else class_name,  # PEFT's class is not the model's own
     )
+    if options.lora is None:
+        return model
+    from memfit.integrations.adapters import add_lora
+
+    rank, targets = options.lora
+    return add_lora(model, rank, targets)
 
 
 def make_batch(options: argparse.Namespace) -> "Batch | None":
@@ -99,6 +109,13 @@ def add_class(group: argparse._ArgumentGroup | Parser, default: str = "the confi
     group.add_argument("--task", metavar="NAME", help=f"causal-lm, masked-lm, ... ({default})")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with the config"
+    )
+    group.add_argument(
+        "--lora",
+        type=_lora,
+        metavar="r=RANK",
+        help="train LoRA adapters only, made by peft; r=16,targets=q_proj+v_proj names their "
+        "modules, targets=all-linear all (PEFT's choice for the model type)",
     )
 
 
@@ -206,6 +223,16 @@ def write_json(schema: str, value: Mapping[str, Any]) -> None:
 def add_debug(parser: Parser) -> None:
     """``--debug``, which every command has."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _lora(text: str) -> tuple[int, tuple[str, ...]]:
+    """Rank and targets of ``r=16,targets=q_proj+v_proj``."""
+    found = re.fullmatch(r"r=([1-9]\d*)(?:,targets=([^+,\s]+(?:\+[^+,\s]+)*))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a rank such as r=16, or r=16,targets=q_proj+v_proj"
+        )
+    return int(found[1]), tuple(found[2].split("+")) if found[2] else ()
 
 
 def _share(text: str) -> float:

@@ -16,6 +16,7 @@ from memfit.integrations.commands.arguments import (
     add_debug,
     add_json,
     add_model,
+    build_model,
     write_json,
 )
 from memfit.integrations.progress import Progress, hushed
@@ -77,16 +78,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _recheck(options: argparse.Namespace, plan: Plan, progress: Progress) -> "Recheck":
     progress.begin(f"building {options.model}")
-    from memfit.integrations import models
     from memfit.planner.rechecking import prepare_again, recheck
 
-    model = models.build_model(
-        options.model,
-        task=options.task,
-        dtype=options.dtype or plan.model.dtype,
-        trust_remote_code=options.trust_remote_code,
-        class_name=plan.model.class_,
-    )
+    model = build_model(options, dtype=plan.model.dtype, class_name=plan.model.class_)
     prepared = prepare_again(plan, model, progress.begin)
     progress.begin("simulating the plan")
     return recheck(plan, prepared)
