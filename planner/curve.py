@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memfit.planner.errors import InfeasibleBudget
-from memfit.planner.preparing import Prepared, Progress
+from memfit.planner.preparing import Prepared, Progress, no_cycles
 from memfit.planner.solving import Outcome, Task
 from memfit.solvers import SOLVERS
 
@@ -30,6 +30,7 @@ class Point:
     """Share of the unplanned step's seconds that is recomputed."""
 
 
+@no_cycles()
 def find_curve(
     prepared: Prepared, points: int = 20, progress: Progress | None = None
 ) -> tuple[Point, ...]:
