@@ -1,22 +1,20 @@
 """How large a batch, or how long a sequence, fits a budget: unplanned, planned, checkpointed.
 
 Every size that is looked at is captured and simulated; only which one is looked at next is a guess.
-Depends on the preparation and on the solvers.
+Depends on the preparation.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from memfit.planner.curve import smallest_budget
 from memfit.planner.errors import InfeasibleBudget
 from memfit.planner.preparing import Prepared
-from memfit.planner.solving import Outcome, Task
-from memfit.solvers import SOLVERS
+from memfit.planner.solving import Task
 
 UNPLANNED, PLANNED, FULL = "unplanned", "planned", "full checkpointing"
 WAYS = (UNPLANNED, PLANNED, FULL)
-_SOLVERS = {UNPLANNED: "none", FULL: "full"}
+_BASELINES = {UNPLANNED: "none", FULL: "full"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +99,8 @@ def _next(known: dict[int, int], low: int, high: int | None, budget_bytes: int) 
 def _needs(task: Task, way: str) -> int:
     """Bytes of the smallest budget that a step fits in one way."""
     if way == PLANNED:
-        return smallest_budget(task)
-    return _by_hand(task, way).timeline.peak_bytes + task.margin_bytes
-
-
-def _by_hand(task: Task, way: str) -> Outcome:
-    return task.simulate(SOLVERS[_SOLVERS[way]](task.problem, task.limits))
+        return task.smallest_budget()
+    return task.baseline(_BASELINES[way]).needs_bytes
 
 
 def _fit(
@@ -115,13 +109,15 @@ def _fit(
     if not size:
         return Fit(way, 0, False, 0, 0.0, 0.0)
     task = task_of(size)
-    outcome = task.within(budget_bytes).solve("auto") if way == PLANNED else _by_hand(task, way)
-    seconds, again = task.step.seconds, outcome.solution.recompute_seconds
+    if way == PLANNED:
+        outcome = task.within(budget_bytes).solve("auto")
+    else:
+        outcome = task.baseline(_BASELINES[way])
     return Fit(
         way=way,
         size=size,
         is_limit=is_limit,
         peak_bytes=outcome.timeline.peak_bytes,
-        step_seconds=seconds + again,
-        overhead=again / seconds if seconds else 0.0,
+        step_seconds=outcome.step_seconds,
+        overhead=outcome.overhead,
     )

@@ -19,7 +19,7 @@ def find_sensitivity(outcome: Outcome, unplanned_peak_bytes: int) -> Sensitivity
     task = outcome.task
     margin_bytes = task.margin_bytes
     free_bytes = unplanned_peak_bytes + margin_bytes
-    least_bytes = max((m.base_bytes for m in task.problem.moments), default=0) + margin_bytes
+    least_bytes = task.problem.unavoidable_bytes + margin_bytes
     own_bytes = min(task.budget_bytes, free_bytes)
     budgets = [
         budget

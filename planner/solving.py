@@ -48,6 +48,22 @@ class Outcome:
     task: "Task"
     """Whose options were chosen."""
 
+    @property
+    def needs_bytes(self) -> int:
+        """The smallest budget that the choice keeps."""
+        return self.timeline.peak_bytes + self.task.margin_bytes
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, recomputation included."""
+        return self.task.step.seconds + self.solution.recompute_seconds
+
+    @property
+    def overhead(self) -> float:
+        """Share of the unplanned step's seconds that is recomputed."""
+        seconds = self.task.step.seconds
+        return self.solution.recompute_seconds / seconds if seconds else 0.0
+
 
 def _faster(a: Outcome | None, b: Outcome | None) -> Outcome | None:
     """The one that recomputes for less, the first if there is no difference."""
@@ -93,11 +109,11 @@ class Task:
         problem = build_problem(step, regions, options, _ANY_BYTES, rounded)
         task = Task(step, target, regions, options, problem, limits, _ANY_BYTES)
         task = replace(task, offers_segments=not gathered)
-        if not (step.margin or target.slack_bytes):
-            return task
-        none = task.simulate(SOLVERS["none"](problem, limits))
-        adds_bytes = none.timeline.peak_bytes - task.resident_bytes
-        return replace(task, margin_bytes=int(step.margin * adds_bytes) + target.slack_bytes)
+        margin_bytes = target.slack_bytes
+        if step.margin:
+            adds_bytes = task.baseline("none").timeline.peak_bytes - task.resident_bytes
+            margin_bytes += int(step.margin * adds_bytes)
+        return replace(task, margin_bytes=margin_bytes)
 
     def within(self, budget_bytes: int) -> "Task":
         """The task with another budget, of which the margin is left free."""
@@ -120,6 +136,17 @@ class Task:
             segments,
         )
         return replace(self, options=options, problem=problem, segments=segments)
+
+    def smallest_budget(self) -> int:
+        """Bytes of the smallest budget that has a plan."""
+        try:
+            return self.within(1).solve(AUTO).needs_bytes
+        except InfeasibleBudget as error:
+            return error.minimum_bytes
+
+    def baseline(self, name: str) -> Outcome:
+        """What people do by hand, whatever the budget."""
+        return self.simulate(SOLVERS[name](self.problem, self.limits))
 
     def solve(self, solver: str) -> Outcome:
         """A choice whose simulated peak keeps the budget, or :class:`InfeasibleBudget`.
@@ -152,8 +179,8 @@ class Task:
         if not self.offers_segments:
             return False
         if outcome is None:
-            unavoidable = max((m.base_bytes for m in self.problem.moments), default=0)
-            return minimise_peak(self.lean_problem(), self.limits).peak_bytes > unavoidable
+            lowest = minimise_peak(self.lean_problem(), self.limits).peak_bytes
+            return lowest > self.problem.unavoidable_bytes
         full = SOLVERS["full"](self.problem).recompute_seconds
         return 0 < _NEARLY * full <= outcome.solution.recompute_seconds
 
@@ -175,7 +202,7 @@ class Task:
 
     def _within_budget(self, solver: str) -> Outcome | None:
         """The fastest choice that the simulator lets pass; None when the rows allow none."""
-        keep = self.simulate(SOLVERS["none"](self.problem, self.limits))
+        keep = self.baseline("none")
         if keep.timeline.peak_bytes <= self.problem.budget_bytes:
             kept = replace(keep.solution, status=Status.OPTIMAL, gap=0.0, note=_ALL_FITS)
             return replace(keep, solution=kept)

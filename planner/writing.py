@@ -13,15 +13,14 @@ from memfit.planner.preparing import Prepared
 from memfit.planner.regions import Region
 from memfit.planner.solving import Outcome, Task
 from memfit.planner.step_graph import StepGraph
-from memfit.solvers import SOLVERS, Solution
+from memfit.solvers import Solution
 
 
 def write_plan(prepared: Prepared, outcome: Outcome) -> document.Plan:
     """The plan that ``outcome`` is, with the figures of the simulator."""
     task, solution = outcome.task, outcome.solution
-    none, full = (task.simulate(SOLVERS[name](task.problem)) for name in ("none", "full"))
+    baselines = [task.baseline(name) for name in ("none", "full")]
     peak = describe_peak(task.step, task.regions, outcome.timeline)
-    seconds = task.step.seconds
     workload = prepared.workload
     if solution.note:
         note = f"solved by {solution.solver}: {solution.note}"
@@ -37,18 +36,18 @@ def write_plan(prepared: Prepared, outcome: Outcome) -> document.Plan:
             peak_bytes=outcome.timeline.peak_bytes,
             peak_at=peak.where,
             resident_bytes=task.resident_bytes,
-            step_seconds=seconds + solution.recompute_seconds,
+            step_seconds=outcome.step_seconds,
             recompute_seconds=solution.recompute_seconds,
-            overhead=_share(solution.recompute_seconds, seconds),
-            unplanned_peak_bytes=none.timeline.peak_bytes,
-            unplanned_step_seconds=seconds,
+            overhead=outcome.overhead,
+            unplanned_peak_bytes=baselines[0].timeline.peak_bytes,
+            unplanned_step_seconds=task.step.seconds,
             alive_at_peak=peak.alive_bytes,
         ),
         solver=document.SolverReport(
             solution.solver, solution.status.value, solution.gap, solution.solve_seconds
         ),
         regions=_regions(task, solution),
-        baselines=tuple(_baseline(o, seconds) for o in (none, full)),
+        baselines=tuple(map(_baseline, baselines)),
         timeline=make_timeline(outcome),
     )
 
@@ -92,17 +91,8 @@ def _stored_bytes(step: StepGraph, region: Region, option: RegionOption) -> int:
     return sum(held) + sum(size for size, _, _ in option.effect.extra)
 
 
-def _baseline(outcome: Outcome, unplanned_seconds: float) -> document.Baseline:
-    solution = outcome.solution
-    return document.Baseline(
-        solution.solver,
-        outcome.timeline.peak_bytes,
-        _share(solution.recompute_seconds, unplanned_seconds),
-    )
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _baseline(outcome: Outcome) -> document.Baseline:
+    return document.Baseline(outcome.solution.solver, outcome.timeline.peak_bytes, outcome.overhead)
 
 
 def _version(package: str) -> str | None:

@@ -83,7 +83,7 @@ def _lowered(
 ) -> tuple[int, ...]:
     """The choice of lowest peak at the same seconds, by bisection over the budget."""
     ceiling = seconds_ceiling(recompute_seconds(problem, choices))
-    too_low = max((moment.base_bytes for moment in problem.moments), default=0) - 1
+    too_low = problem.unavoidable_bytes - 1
     while too_low + 1 < (peak := peak_bytes(problem, choices)) and time.perf_counter() < until:
         budget = (too_low + peak) // 2
         lower = program.fastest(budget, ceiling)

@@ -129,6 +129,11 @@ class Problem:
     shared: tuple[SharedTensor, ...] = ()
     segments: tuple[Segment, ...] = ()
 
+    @property
+    def unavoidable_bytes(self) -> int:
+        """Most bytes alive at once whatever is chosen: no smaller budget has a choice."""
+        return max((moment.base_bytes for moment in self.moments), default=0)
+
     def flat(self) -> "Problem":
         """The problem without segments: every region holds its input."""
         counts = [sum(not option.chained for option in r.options) for r in self.regions]

@@ -12,7 +12,7 @@ import pytest
 
 from memfit.integrations import cli
 from memfit.planner import InfeasibleBudget, plan
-from memfit.planner.curve import BY_HAND, PLAN, Point, find_curve, smallest_budget
+from memfit.planner.curve import BY_HAND, PLAN, Point, find_curve
 from memfit.planner.preparing import prepare
 from memfit.planner.solving import Outcome, Task
 from memfit.solvers import SOLVERS
@@ -46,7 +46,7 @@ def test_the_curve_is_monotone_whatever_the_solver_finds(
 ) -> None:
     prepared = prepare(*make("gpt2", layers=4), **OPTIONS)
     task, most = prepared.task, find_curve(prepared, 2)[1].budget_bytes
-    least = smallest_budget(task)
+    least = task.smallest_budget()
     known = [task.within(least + (most - least) * i // 11).solve("auto") for i in range(12)]
     known += [task.simulate(SOLVERS[name](task.problem)) for name in BY_HAND]  # worse than need be
     solve, random = Task.solve, Random(0)
