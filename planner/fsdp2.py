@@ -15,7 +15,6 @@ from types import MappingProxyType
 
 from torch import nn
 
-from memfit.planner.errors import ShardingError
 from memfit.planner.step_graph import Kind, Op, Phase, Saved, StepGraph, Storage
 
 
@@ -73,8 +72,6 @@ def _group(module: str, parameters: Mapping[str, nn.Parameter], world_size: int)
 
 
 def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
-    if parameter.dim() == 0:
-        raise ShardingError("FSDP2 cannot shard a parameter without dimensions; plan for 'ddp'")
     rows = -(-parameter.shape[0] // world_size) * world_size
     return rows * parameter[0].numel() * parameter.element_size()
 
@@ -104,9 +101,20 @@ class _Collective:
     workspace_bytes: int = 0
 
     def as_op(self) -> Op:
-        own = self.workspace_bytes
+        """It has none of the model's storages, and its seconds are not counted."""
         return Op(
-            self.name, self.phase, self.call, self.name, (), (), (), False, "", 0, 0, 0.0, own
+            name=self.name,
+            phase=self.phase,
+            call=self.call,
+            signature=self.name,
+            inputs=(),
+            outputs=(),
+            written=(),
+            random=False,
+            dtype="",
+            flops=0,
+            moved_bytes=0,
+            workspace_bytes=self.workspace_bytes,
         )
 
 
@@ -316,9 +324,8 @@ class _Moved:
         for node in step.graph.nodes:
             if "op" in node.meta:
                 node.meta["op"] = self.op(node.meta["op"])
-        ops = dict(enumerate(c.as_op() for c in self._collectives))
         placed = {self.op(i): op for i, op in enumerate(step.ops)}
-        placed |= {self.place(self._collectives[i]): op for i, op in ops.items()}
+        placed |= {self.place(collective): collective.as_op() for collective in self._collectives}
         return replace(
             step,
             ops=tuple(placed[i] for i in range(len(placed))),

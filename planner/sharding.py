@@ -81,6 +81,10 @@ def read_sharding(
         )
     if sharding != FSDP2:
         return Sharding(sharding, world_size)
+    if scalars := [name for name, p in model.named_parameters() if p.dim() == 0]:
+        raise ShardingError(
+            f"FSDP2 cannot shard {scalars[0]}, a parameter without dimensions; plan for 'ddp'"
+        )
     classes = _wrapped(model, wrap)
     found = [name for name, module in model.named_modules() if type(module).__name__ in classes]
     layers = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]

@@ -123,6 +123,14 @@ class Plain(nn.Module):
         return total
 
 
+def test_a_parameter_without_dimensions_is_named() -> None:
+    model = Plain()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    options: dict[str, Any] = {"device": "cpu", "sharding": "fsdp2", "world_size": 2}
+    with pytest.raises(ShardingError, match="cannot shard scale, a parameter without dimensions"):
+        plan(model, "1GiB", (torch.ones(2, 8),), wrap=["Linear"], **options)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
