@@ -19,17 +19,9 @@ from memfit.planner.report import (
     wrapped,
 )
 
-# At the peak: what a smaller batch does not make smaller.
-_OF_THE_MODEL = frozenset(
-    {
-        "parameter",
-        "buffer",
-        "optimizer state",
-        "gradient",
-        "gradient of earlier steps",
-        "library workspace",
-        "constant",
-    }
+# At the peak: what a smaller batch makes smaller. Other kinds are the model's.
+_OF_THE_BATCH = frozenset(
+    {"activation", "batch", "generator states and samples", "Python number", "workspace"}
 )
 # Recomputing more hardly helps where this share of the budget is alive whatever is recomputed.
 _NEARLY = 0.95
@@ -187,9 +179,9 @@ def _typed(budget_bytes: int) -> str:
 
 def _advice_on_peak(plan: Plan) -> list[str]:
     predicted = plan.predicted
-    own = {k: size for k, size in predicted.alive_at_peak.items() if k not in _OF_THE_MODEL}
+    own = [size for k, size in predicted.alive_at_peak.items() if k in _OF_THE_BATCH]
     total = sum(predicted.alive_at_peak.values())
-    share = sum(own.values()) / max(1, total)
+    share = sum(own) / max(1, total)
     if share >= 0.5:
         what = "belong to the batch: a smaller or shorter one lowers it most"
     else:

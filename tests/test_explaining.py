@@ -117,6 +117,15 @@ def test_decisions_and_prices_are_counted() -> None:
     assert explanation.added_seconds_per_gib == pytest.approx(0.25)
 
 
+def test_what_is_gathered_or_reduced_is_not_of_the_batch() -> None:
+    alive = {"gathered parameter": 7 * GIB, "buffer of a collective": 4 * GIB}
+    alive |= {"gradient bucket": 4 * GIB, "activation": 5 * GIB}
+    plan = make_plan()
+    sharded = replace(plan, predicted=replace(plan.predicted, alive_at_peak=alive))
+    said = explain(sharded).advice[-1]
+    assert "75.0 % of it are parameters, gradients, optimizer state and the like" in said
+
+
 def test_what_helps_most_comes_first() -> None:
     made = make_plan()
     assert explain(made).advice == (
