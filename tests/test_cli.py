@@ -427,10 +427,10 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: Output) -> None:
 def test_interruption_is_quiet(
     plan_file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_: Plan) -> str:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(show, "format_plan", interrupt)
+    monkeypatch.setattr(show, "write_table", interrupt)
     assert cli.main(["show", str(plan_file)]) == 130
     assert capsys.readouterr() == ("", "")
 

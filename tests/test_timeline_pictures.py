@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.integrations import cli
-from memfit.integrations.timeline import PictureError, chart, draw_timeline
+from memfit.integrations.pictures import PictureError
+from memfit.integrations.timeline import chart, draw_timeline
 from memfit.integrations.timeline.chart import COLOURS, make_chart, thin, ticks
 from memfit.integrations.timeline.page import make_page
 from memfit.planner import Batch, Plan, plan, timeline

@@ -1,6 +1,7 @@
-"""What the commands have in common: how their arguments read, and how a model is built from them.
+"""What the commands have in common: how their arguments read, what is built from them and printed.
 
-Depends on the solvers' names and the device table; torch is imported when a model is built.
+Depends on the solvers' names, the device table and the plan document; torch is imported when a
+model is built.
 """
 
 import argparse
@@ -11,10 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeAlias
 
+from memfit.integrations.terminal import red
+from memfit.planner.budget import parse_budget
 from memfit.planner.devices import DEVICES
+from memfit.planner.document import Plan
 from memfit.planner.errors import MemfitError
+from memfit.planner.report import OVER, format_plan
 from memfit.solvers import SOLVERS
 
 if TYPE_CHECKING:
@@ -51,6 +56,28 @@ def add_model(parser: Parser) -> None:
         metavar="MODEL",
         help="local directory, config.json, model type such as bert or llama, or hub id",
     )
+
+
+def add_budget(parser: Parser) -> None:
+    """``--budget``, of the commands that need one."""
+    parser.add_argument(
+        "--budget",
+        required=True,
+        metavar="BYTES",
+        help="peak of all device memory in a step: 24GiB (2**30 each), 24GB (10**9), bytes, or "
+        "auto for what the GPU has free",
+    )
+
+
+def check_budget(options: argparse.Namespace) -> None:
+    """Refuses a budget that cannot be read before a model is built, not after."""
+    if options.budget != "auto":
+        parse_budget(options.budget)
+
+
+def add_plan_file(parser: Parser) -> None:
+    """PLAN, as the commands that read one take it."""
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file")
 
 
 def build_model(
@@ -220,6 +247,11 @@ def write_json(schema: str, value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps({"schema": schema} | dict(value), indent=2) + "\n")
 
 
+def write_table(plan: Plan, stream: TextIO) -> None:
+    """The table of a plan, with what is over the budget in red on a terminal."""
+    stream.write(format_plan(plan).replace(OVER, red(OVER, stream)))
+
+
 def add_debug(parser: Parser) -> None:
     """``--debug``, which every command has."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -233,6 +265,13 @@ def _lora(text: str) -> tuple[int, tuple[str, ...]]:
             f"{text!r} is not a rank such as r=16, or r=16,targets=q_proj+v_proj"
         )
     return int(found[1]), tuple(found[2].split("+")) if found[2] else ()
+
+
+def whole_number(text: str, least: int) -> int:
+    """Reads an argument that counts something, ``least`` of it or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} up")
+    return int(text)
 
 
 def _share(text: str) -> float:

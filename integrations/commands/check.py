@@ -5,7 +5,6 @@ Depends on the planner; torch and transformers are imported when the model is bu
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.integrations.commands.arguments import (
@@ -16,6 +15,7 @@ from memfit.integrations.commands.arguments import (
     add_debug,
     add_json,
     add_model,
+    add_plan_file,
     build_model,
     write_json,
 )
@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file")
+    add_plan_file(parser)
     add_model(parser)
     add_class(parser, "the plan's")
     parser.add_argument(

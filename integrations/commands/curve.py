@@ -9,12 +9,12 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.integrations.commands.arguments import (
     Commands,
-    UsageError,
     add_debug,
     add_json,
     add_model,
@@ -23,8 +23,10 @@ from memfit.integrations.commands.arguments import (
     check_writable,
     make_batch,
     step_options,
+    whole_number,
     write_json,
 )
+from memfit.integrations.pictures import check_figure, save_figure
 from memfit.integrations.progress import Progress, hushed
 from memfit.planner.budget import format_bytes
 from memfit.planner.report import columns, format_seconds, percent
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from memfit.planner.curve import Point
 
 SCHEMA = "memfit.curve/1"
-FIGURES = (".png", ".svg")
 
 _EXAMPLES = """\
 examples:
@@ -57,7 +58,11 @@ def add(commands: Commands) -> None:
     add_model(parser)
     add_workload(parser)
     parser.add_argument(
-        "--points", type=_points, default=20, metavar="N", help="budgets to plan for (20)"
+        "--points",
+        type=partial(whole_number, least=2),
+        default=20,
+        metavar="N",
+        help="budgets to plan for (20)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the points here as well")
     parser.add_argument(
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         if path is not None:
             check_writable(path)
     if options.plot is not None:
-        _check_figure(options.plot)
+        check_figure(options.plot, "use --csv")
     with Progress(quiet=False) as progress, hushed(options.debug):
         progress.begin(f"building {options.model}")
         from memfit.planner.curve import find_curve
@@ -90,30 +95,13 @@ def run(options: argparse.Namespace) -> None:
     if options.csv is not None:
         write(options.csv, _csv(points))
     if options.plot is not None:
-        from memfit.integrations.curve_figure import save_figure
+        from memfit.integrations.curve_figure import make_figure
 
-        save_figure(points, prepared.model.class_, options.plot)
+        save_figure(lambda: make_figure(points, prepared.model.class_), options.plot)
     if options.json:
         write_json(SCHEMA, {"points": [encode(point) for point in points]})
     else:
         sys.stdout.write(_table(points))
-
-
-def _points(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 2 up")
-    return int(text)
-
-
-def _check_figure(path: Path) -> None:
-    if path.suffix.lower() not in FIGURES:
-        raise UsageError(f"cannot draw {path}: name a file that ends in .png or .svg")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"cannot draw {path} without {error.name}: `pip install 'memfit[plot]'`, or use --csv"
-        ) from error
 
 
 def _csv(points: "Sequence[Point]") -> str:

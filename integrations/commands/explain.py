@@ -5,9 +5,14 @@ Depends on the plan document alone.
 
 import argparse
 import sys
-from pathlib import Path
 
-from memfit.integrations.commands.arguments import Commands, add_debug, add_json, write_json
+from memfit.integrations.commands.arguments import (
+    Commands,
+    add_debug,
+    add_json,
+    add_plan_file,
+    write_json,
+)
 from memfit.planner.document import Plan
 from memfit.planner.explaining import explain, format_explanation, format_regions, regions_named
 from memfit.solvers.records import encode
@@ -32,7 +37,7 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file")
+    add_plan_file(parser)
     parser.add_argument("region", nargs="?", metavar="REGION", help="one, as `show` names it")
     add_json(parser, "the explanation")
     add_debug(parser)

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.integrations.commands.arguments import (
     Commands,
+    add_budget,
     add_debug,
     add_json,
     add_model,
     add_workload,
     build_model,
+    check_budget,
     step_options,
     write_json,
 )
 from memfit.integrations.progress import Progress, hushed
-from memfit.planner.budget import format_bytes, parse_budget
+from memfit.planner.budget import format_bytes
 from memfit.planner.report import columns, format_seconds, percent, wrapped
 from memfit.solvers.records import encode
 
@@ -54,9 +56,7 @@ def add(commands: Commands) -> None:
     )
     parser.set_defaults(run=run)
     add_model(parser)
-    parser.add_argument(
-        "--budget", required=True, metavar="BYTES", help="24GiB, 24GB, bytes, or auto"
-    )
+    add_budget(parser)
     add_workload(parser)
     add_json(parser, "the answer")
     add_debug(parser)
@@ -64,8 +64,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Searches, and prints what fits."""
-    if options.budget != "auto":
-        parse_budget(options.budget)  # refused before a model is built, not after
+    check_budget(options)
     by_length = options.batch_size is not None and options.sequence_length is None
     with Progress(quiet=False) as progress, hushed(options.debug):
         progress.begin(f"building {options.model}")

@@ -12,20 +12,20 @@ from memfit.integrations.commands.arguments import (
     Commands,
     Parser,
     UsageError,
+    add_budget,
     add_debug,
     add_model,
     add_solver,
     add_workload,
     build_model,
+    check_budget,
     check_writable,
     make_batch,
     step_options,
+    write_table,
 )
 from memfit.integrations.progress import Progress, hushed
-from memfit.integrations.terminal import red
-from memfit.planner.budget import parse_budget
 from memfit.planner.document import Plan
-from memfit.planner.report import OVER, format_plan
 
 _EXAMPLES = """\
 examples:
@@ -48,13 +48,7 @@ def add(commands: Commands) -> None:
     )
     parser.set_defaults(run=run)
     add_model(parser)
-    parser.add_argument(
-        "--budget",
-        required=True,
-        metavar="BYTES",
-        help="peak of all device memory in a step: 24GiB (2**30 each), 24GB (10**9), bytes, or "
-        "auto for what the GPU has free",
-    )
+    add_budget(parser)
     add_workload(parser)
     _add_solving(parser)
     parser.add_argument(
@@ -91,8 +85,7 @@ def run(options: argparse.Namespace) -> None:
             check_writable(path)
     if options.output is not None and options.output == options.save_problem:
         raise UsageError(f"{options.output} is named twice; the problem needs a file of its own")
-    if options.budget != "auto":
-        parse_budget(options.budget)  # refused before a model is built, not after
+    check_budget(options)
     progress = Progress(options.quiet)
     try:
         with progress, hushed(options.debug):
@@ -101,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         if options.timings:
             sys.stderr.write(progress.timings())
     if not options.quiet:
-        sys.stderr.write(format_plan(plan).replace(OVER, red(OVER, sys.stderr)))
+        write_table(plan, sys.stderr)
     if options.output is not None:
         plan.save(options.output)
     else:

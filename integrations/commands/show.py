@@ -5,6 +5,7 @@ Depends on the plan document; matplotlib is imported for a figure.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from memfit.integrations.commands.arguments import (
@@ -12,13 +13,14 @@ from memfit.integrations.commands.arguments import (
     UsageError,
     add_debug,
     add_json,
+    add_plan_file,
     check_writable,
+    whole_number,
+    write_table,
 )
-from memfit.integrations.terminal import red
 from memfit.integrations.timeline import check_picture, draw_timeline
 from memfit.planner.document import Plan
 from memfit.planner.peak_report import format_peak
-from memfit.planner.report import OVER, format_plan
 
 _EXAMPLES = """\
 examples:
@@ -38,10 +40,10 @@ def add(commands: Commands) -> None:
         epilog=_EXAMPLES,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file")
+    add_plan_file(parser)
     parser.add_argument(
         "--top",
-        type=_count,
+        type=partial(whole_number, least=1),
         metavar="N",
         help="print the N largest tensors that are alive at the peak; those that are alike share "
         "a row",
@@ -72,10 +74,4 @@ def run(options: argparse.Namespace) -> None:
     elif options.top is not None:
         sys.stdout.write(format_peak(plan, options.top))
     elif options.timeline is None:
-        sys.stdout.write(format_plan(plan).replace(OVER, red(OVER, sys.stdout)))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
+        write_table(plan, sys.stdout)

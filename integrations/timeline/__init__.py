@@ -5,18 +5,13 @@ Depends on the plan document; matplotlib, an optional extra, is imported when a 
 
 from pathlib import Path
 
+from memfit.integrations.pictures import FIGURES, PictureError, check_figure, save_figure
 from memfit.integrations.timeline.chart import make_chart
 from memfit.integrations.timeline.page import make_page
 from memfit.planner.document import Plan
-from memfit.planner.errors import MemfitError
 from memfit.solvers.records import write
 
-FIGURES = (".png", ".svg")
 PAGES = (".html", ".htm")
-
-
-class PictureError(MemfitError, ValueError):
-    """A picture that cannot be drawn."""
 
 
 def check_picture(path: Path) -> None:
@@ -36,11 +31,7 @@ def draw_timeline(plan: Plan, path: Path) -> None:
     if path.suffix.lower() in PAGES:
         write(path, make_page(chart))
         return
-    try:
-        from memfit.integrations.timeline.figure import save_figure
-    except ModuleNotFoundError as error:
-        raise PictureError(
-            f"cannot draw {path} without {error.name}: `pip install 'memfit[plot]'`, or name an "
-            ".html file, which needs nothing"
-        ) from error
-    save_figure(chart, path)
+    check_figure(path, "name an .html file, which needs nothing")
+    from memfit.integrations.timeline.figure import make_figure
+
+    save_figure(lambda: make_figure(chart), path)

@@ -1,8 +1,5 @@
 """A timeline as a PNG or SVG figure. Depends on the chart and on matplotlib, an optional extra."""
 
-from pathlib import Path
-
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -12,23 +9,11 @@ from memfit.planner.budget import format_bytes
 from memfit.planner.peak_report import describe
 
 _INCHES = (11.0, 7.6)
-_DOTS_PER_INCH = 150
 _SOFT = "#5c6875"
 _BOX = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "#dfe3e8"}
 # Tensors that are listed below the picture.
 _LISTED = 8
 _LETTERS = 85
-
-
-def save_figure(chart: Chart, path: Path) -> None:
-    """Draws ``chart`` into a file; equal charts give equal bytes."""
-    # An SVG keeps its text as text and has no random ids; a dollar sign is one.
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "memfit", "text.parse_math": False}
-    ):
-        figure = make_figure(chart)
-        svg = path.suffix.lower() == ".svg"
-        figure.savefig(path, dpi=_DOTS_PER_INCH, metadata={"Date": None} if svg else None)
 
 
 def make_figure(chart: Chart) -> Figure:
