@@ -136,6 +136,8 @@ def _minimise_with_highs(program: Any, gap: float, seconds: float, gap_absolute:
     # threads than the first did. `parallel` stays on one thread whatever the pool. Ends when HiGHS
     # has a pool for each instance (it then drops resetGlobalScheduler).
     # `output_flag`, because PuLP 4 turns only `log_to_console` off for msg=False.
+    # The programs here are small: the feasibility jump takes longer than all the rest, and what
+    # it finds is worse than rounding ("shifting") the relaxation.
     solver = pulp().HiGHS(
         msg=False,
         gapRel=gap,
@@ -143,6 +145,8 @@ def _minimise_with_highs(program: Any, gap: float, seconds: float, gap_absolute:
         timeLimit=seconds,
         parallel="off",
         output_flag=False,
+        mip_heuristic_run_shifting=True,
+        mip_heuristic_run_feasibility_jump=False,
         **_presolve(),
     )
     program.solve(solver)
