@@ -148,11 +148,15 @@ def measure(request: processes.Request) -> dict[str, Any]:
     for callback in planned:
         assert callback.plan is not None
         predicted = callback.plan.predicted
+        resident = predicted.resident_bytes
+        if callback.plan.workload.keep_gradients:
+            # Planned as there all along; the Trainer frees them between steps of the optimizer.
+            resident -= sum(p.nbytes for p in model.parameters() if p.requires_grad)
         result = replace(
             result,
-            predicted_bytes=predicted.peak_bytes - predicted.resident_bytes,
-            unplanned_bytes=predicted.unplanned_peak_bytes - predicted.resident_bytes,
-            resident_bytes=predicted.resident_bytes,
+            predicted_bytes=predicted.peak_bytes - resident,
+            unplanned_bytes=predicted.unplanned_peak_bytes - resident,
+            resident_bytes=resident,
             overhead=predicted.overhead,
         )
     return asdict(result)

@@ -4,11 +4,13 @@ Which tensors may be kept is worked out once for regions that run the same progr
 effects of the actions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 
 from memfit.planner import recompute
 from memfit.planner.kept_sets import KeptSet, kept_sets, lean_sets
 from memfit.planner.leads import Lead, leads_to
+from memfit.planner.moving import likeness, move_between
 from memfit.planner.options import RegionOption
 from memfit.planner.regions import Region
 from memfit.planner.selective import RegionProgram, region_programs, selective
@@ -37,8 +39,20 @@ def find_options(
     if offer_selective:
         programs = region_programs(step, regions)
     known: dict[object, dict[KeptSet, bool]] = {}
-    found = []
+    first: dict[Hashable, int] = {}
+    found: list[tuple[RegionOption, ...]] = []
     for r, (region, compiled) in enumerate(zip(regions, programs, strict=True)):
+        lead = None
+        if compiled is not None:
+            lead = leads_to(step, regions, r)
+            if lead and any(f"{lead.name}.".startswith(f"{name}.") for name in gathered):
+                lead = None
+            key = None if lead else likeness(step, region, compiled)
+            like = r if key is None else first.setdefault(key, r)
+            if (own := programs[like]) is not None and like != r:
+                move = move_between(step, (regions[like], own), (region, compiled))
+                found.append(tuple(replace(option, move=move) for option in found[like]))
+                continue
         options = [RegionOption("keep", recompute.keep(step, region), 0.0)]
         if not region.kept_because:
             effect = recompute.checkpoint(step, region, rng_state_bytes)
@@ -46,9 +60,6 @@ def find_options(
         if compiled is not None:
             if compiled.program not in known:
                 known[compiled.program] = _sets(step, region, compiled, rng_state_bytes, limit)
-            lead = leads_to(step, regions, r)
-            if lead and any(f"{lead.name}.".startswith(f"{name}.") for name in gathered):
-                lead = None
             for kept, lean in known[compiled.program].items():
                 options += _selective(step, region, compiled, kept, rng_state_bytes, lean, lead)
         found.append(tuple(options))

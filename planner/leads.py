@@ -45,7 +45,7 @@ class Lead:
         effect = replace(effect, recomputations=tuple(recomputations), chain=None)
         return replace(
             option,
-            effect=effect,
+            source=effect,
             recompute_seconds=effect.seconds(step),
             recompute_input=self.names,
             lead=self.name,

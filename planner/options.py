@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from memfit.planner.moving import Move
 from memfit.planner.recompute import Effect, Recomputation
 from memfit.planner.regions import Region
 from memfit.planner.simulate import Integers, certain_until, round_up
@@ -27,7 +28,8 @@ class RegionOption:
     """One way to run a region: its name in the plan, what it does, what it costs."""
 
     action: str
-    effect: Effect
+    source: Effect
+    """What it does to the region that it was worked out for."""
     recompute_seconds: float
     keep: tuple[str, ...] = ()
     """Names of the tensors that ``selective`` keeps, and of those that it drops."""
@@ -38,6 +40,18 @@ class RegionOption:
     """Names of the inputs that the region before makes again, by their names there."""
     lead: str = ""
     """The module that makes them, where it is no region of its own."""
+    move: Move | None = None
+    """The way from there, if it is another region."""
+
+    @property
+    def effect(self) -> Effect:
+        """What it does to its region."""
+        return self.move.effect(self.source) if self.move else self.source
+
+    @property
+    def holds(self) -> dict[int, int]:
+        """Storages that it keeps alive, with the clock until which it does."""
+        return self.move.holds(self.source) if self.move else self.source.holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +111,7 @@ def build_problem(
     kinds: dict[object, int] = {}
     out = []
     for r, region in enumerate(regions):
-        described = tuple(
-            builder.option(r, o, by_region[r, "forward"], by_region[r, "backward"])
-            for o in range(len(options[r]))
-        )
+        described = builder.described(r, by_region[r, "forward"], by_region[r, "backward"])
         kind = kinds.setdefault((region.kind, described), len(kinds))
         out.append(solver.Region(region.name, described, kind))
     offered = builder.segments(segments, windows, out)
@@ -120,15 +131,12 @@ class _Builder:
         self._options = options
         self._round = allocation_bytes
         self._size = [round_up(s.size_bytes, allocation_bytes) for s in step.storages]
-        self._sizes = np.array(self._size, dtype=np.int64)
         self._certain = certain_until(step, regions)
-        self._certain_at: dict[int, int] = {}
-        self._born = np.array([s.born for s in step.storages], dtype=np.int64)
-        self._resident = np.array([s.kind.resident for s in step.storages])
         self._own: dict[tuple[int, int], list[_Span]] = defaultdict(list)
         self._common: dict[int, list[tuple[int, int, int]]] = {}
         self._split(self._find_deciders())
-        self._alive = self._certain_bytes()
+        self._alive, self._between = self._certain_bytes()
+        self._numbers: dict[object, tuple[int, int, int]] = {}
 
     def _split(self, deciders: dict[int, list[tuple[int, int, int]]]) -> None:
         """A storage is a region's own if it alone decides, from the end of its forward on."""
@@ -146,7 +154,7 @@ class _Builder:
         holders: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for r, options in enumerate(self._options):
             for o, option in enumerate(options):
-                for storage, clock in option.effect.holds.items():
+                for storage, clock in option.holds.items():
                     if not self._step.storages[storage].kind.resident:
                         holders[storage][r][o] = clock
         deciders: dict[int, list[tuple[int, int, int]]] = {}
@@ -165,16 +173,22 @@ class _Builder:
                 deciders[storage] = rest
         return deciders
 
-    def _certain_bytes(self) -> Integers:
-        """Bytes alive during each op whatever is chosen, resident ones and workspace included."""
-        count = len(self._step.ops)
-        changes = np.zeros(count + 1, dtype=np.int64)
-        for index, storage in enumerate(self._step.storages):
-            changes[max(0, storage.born)] += self._size[index]
+    def _certain_bytes(self) -> tuple[Integers, Integers]:
+        """Bytes alive whatever is chosen, resident ones included: during each op, with its
+        workspace, and before it, when what the op before leaves is gone."""
+        changes = np.zeros(len(self._step.ops) + 1, dtype=np.int64)
+        made = np.zeros_like(changes)
+        for storage, size, certain in zip(
+            self._step.storages, self._size, self._certain.tolist(), strict=True
+        ):
+            born = max(0, storage.born)
+            changes[born] += size
             if not storage.kind.resident:
-                changes[self._certain[index]] -= self._size[index]
+                changes[certain] -= size
+                made[born] += size if certain > born else 0
         workspace = np.array([op.workspace_bytes for op in self._step.ops], dtype=np.int64)
-        return np.cumsum(changes[:-1]) + workspace
+        alive = np.cumsum(changes)
+        return alive[:-1] + workspace, alive - made
 
     def cuts(self) -> set[int]:
         """Clocks from which on options decide about a storage that was certain until then."""
@@ -199,9 +213,52 @@ class _Builder:
             for i, ((holders, moments), size) in enumerate(merged.items())
         )
 
-    def option(self, r: int, o: int, forward: _Window, backward: _Window) -> solver.Option:
-        """The numbers of one option: stored bytes and the peaks of its own forward and backward."""
-        option, region = self._options[r][o], self._regions[r]
+    def described(self, r: int, forward: _Window, backward: _Window) -> tuple[solver.Option, ...]:
+        """The numbers of a region's options: stored bytes, the peaks of its forward and backward.
+
+        They are the same where options do the same and as much is alive around them.
+        """
+        region, around = self._regions[r], (self._profile(forward), self._profile(backward))
+        described = []
+        for o, option in enumerate(self._options[r]):
+            own = tuple(
+                (
+                    size,
+                    *(
+                        c - (region.start if c <= region.stop else region.backward_start)
+                        for c in life
+                    ),
+                )
+                for size, *life in self._own[r, o]
+            )
+            key = id(option.source), own, around
+            if key not in self._numbers:
+                self._numbers[key] = self._count(r, o, forward, backward)
+            described.append(
+                solver.Option(
+                    option.action,
+                    *self._numbers[key],
+                    option.recompute_seconds,
+                    option.keep,
+                    bool(option.recompute_input) and not option.lead,
+                )
+            )
+        return tuple(described)
+
+    def _profile(self, window: _Window) -> object:
+        """What is alive in a region's window and between its ops, above what is at its start."""
+        assert window.region is not None
+        region = self._regions[window.region]
+        start, stop = window.start, window.stop
+        if window.phase == "backward":
+            start, stop = min(start, region.backward_start), max(stop, region.backward_stop)
+        span = slice(start, stop)
+        above = np.stack([self._alive[span], self._between[span]]) - self._alive[window.start]
+        return window.start - start, window.stop - start, above.tobytes()
+
+    def _count(self, r: int, o: int, forward: _Window, backward: _Window) -> tuple[int, int, int]:
+        """Bytes that an option stores, and most that its forward and its backward hold."""
+        region = self._regions[r]
         own = self._spans(r, o) + [
             (size, region.backward_start, until) for size, until in self._given(r, o)
         ]
@@ -209,15 +266,8 @@ class _Builder:
         stored = sum(
             size for size, start, stop in own if start <= between[0] and stop >= between[1]
         )
-        return solver.Option(
-            option.action,
-            stored,
-            self._most(own, forward, ()),
-            self._most(own, backward, option.effect.recomputations),
-            option.recompute_seconds,
-            option.keep,
-            bool(option.recompute_input) and not option.lead,
-        )
+        recomputations = self._options[r][o].effect.recomputations
+        return stored, self._most(own, forward, ()), self._most(own, backward, recomputations)
 
     def segments(
         self,
@@ -297,7 +347,7 @@ class _Builder:
     def _recomputation_bytes(self, own: list[_Span], recomputation: Recomputation) -> int:
         """Most bytes alive while the ops run again, between the ops around ``recomputation.at``."""
         at, ops = recomputation.at, recomputation.ops
-        before = self._certain_bytes_at(at)
+        before = int(self._between[at])
         before += sum(size for size, start, stop in own if start <= at < stop)
         changes = np.zeros(len(ops) + 1, dtype=np.int64)
         for copy in recomputation.copies:
@@ -306,13 +356,6 @@ class _Builder:
             changes[end] -= round_up(copy.size_bytes, self._round)
         workspace = np.array([self._step.ops[i].workspace_bytes for i in ops], dtype=np.int64)
         return before + int((np.cumsum(changes[:-1]) + workspace).max(initial=0))
-
-    def _certain_bytes_at(self, at: int) -> int:
-        """Bytes alive between the ops around a clock, whatever is chosen."""
-        if at not in self._certain_at:
-            alive = self._resident | ((self._born < at) & (at < self._certain))
-            self._certain_at[at] = int(self._sizes[alive].sum())
-        return self._certain_at[at]
 
 
 def _windows(step: StepGraph, regions: Sequence[Region], cuts: Collection[int]) -> list[_Window]:

@@ -167,7 +167,7 @@ class _Finder:
         options = [o for o in self._options[r] if o.action == "selective" and not o.lead]
 
         def stored(option: RegionOption) -> int:
-            held = (s for s, until in option.effect.holds.items() if until > region.stop)
+            held = (s for s, until in option.holds.items() if until > region.stop)
             return sum(self._step.storages[s].size_bytes for s in held)
 
         return [

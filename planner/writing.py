@@ -85,7 +85,7 @@ def _region(task: Task, index: int, choice: int, again: float) -> document.Regio
 def _stored_bytes(step: StepGraph, region: Region, option: RegionOption) -> int:
     held = (
         step.storages[s].size_bytes
-        for s, until in option.effect.holds.items()
+        for s, until in option.holds.items()
         if until > region.stop and not step.storages[s].kind.resident
     )
     return sum(held) + sum(size for size, _, _ in option.effect.extra)
