@@ -129,9 +129,7 @@ def _calls(forwards: list[_Forward], layers: int) -> tuple[Call, ...]:
     return tuple(calls)
 
 
-def _nodes(count: int) -> fx.Graph:
+def _nodes(count: int) -> dict[int, fx.Node]:
     """Any op of torch that can be run again stands for each."""
     graph = fx.Graph()
-    for index in range(count):
-        graph.call_function(torch.ops.aten.mm.default).meta["op"] = index
-    return graph
+    return {index: graph.call_function(torch.ops.aten.mm.default) for index in range(count)}

@@ -199,7 +199,7 @@ def _middle(size: Size, name: str) -> int:
     try:
         planned(2**20)
     except InfeasibleBudget as error:
-        return (error.minimum_bytes + free) // 2
+        return max(error.minimum_bytes, (error.minimum_bytes + free) // 2)
     return free
 
 

@@ -20,11 +20,13 @@ from torch import nn
 from memfit.planner._compat import (
     CacheTooSmall,
     FakeOps,
+    FakeTensor,
     FakeTensorMode,
     autocast_off,
     fake_tensors_look_real,
     forward_autocast,
     function_caches_apart,
+    make_parameter,
     modules_stay_where_they_are,
     new_fake,
 )
@@ -211,9 +213,9 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
     for name, tensor, kind in _tensors_of(model):
         if id(tensor) in memo:
             continue
-        fake: torch.Tensor = _fake(tensor.detach(), mode)
+        fake = _fake(tensor.detach(), mode)
         if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            make_parameter(fake, tensor.requires_grad)
         else:
             recorder.shadows.set(fake, tensor)
         memo[id(tensor)] = fake
@@ -241,7 +243,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Kind]]:
                     yield f"{prefix}.{attribute}" if prefix else attribute, tensor, kind
 
 
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor:
     if tensor.device.type == "meta":
         return new_fake(mode, tensor, torch.device("cpu"))
     return mode.from_tensor(tensor)

@@ -25,7 +25,8 @@ def price(
     for op in step.ops:
         if op.signature not in seconds:
             seconds[op.signature] = roofline_seconds(op, device)
-        ops.append(replace(op, seconds=seconds[op.signature]))
+        taken = seconds[op.signature]
+        ops.append(op if op.seconds == taken else replace(op, seconds=taken))
     return replace(step, ops=tuple(ops), recomputation_seconds=seconds[SAMPLE])
 
 

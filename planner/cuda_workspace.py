@@ -37,7 +37,7 @@ _Rule = Callable[[fx.Node, Device], int]
 
 def with_cuda_workspace(step: StepGraph, device: Device) -> StepGraph:
     """``step`` with the workspace of its ops on CUDA, as far as there is a rule."""
-    nodes = step.nodes()
+    nodes = step.nodes
     known: dict[str, int] = {}
     ops = list(step.ops)
     for index, op in enumerate(ops):

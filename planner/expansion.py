@@ -1,17 +1,17 @@
 """Fills in the calls of repeated layers that were not run, with the records of the one that was.
 
-Ops, storages, saved tensors, calls and fx nodes come out as if every layer had been recorded, in
-the same order. What only the whole step shows is checked here: a layer that touches what its kin
-would not touch, or leaves more behind than its result, cannot stand for others. Depends on the
-records of the step and of its repeats.
+Ops, storages, saved tensors and calls come out as if every layer had been recorded, in the same
+order; their fx nodes are those of the one. What only the whole step shows is checked here: a layer
+that touches what its kin would not touch, or leaves more behind than its result, cannot stand for
+others. Depends on the records of the step and of its repeats.
 """
 
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate, chain
+from itertools import accumulate
 
 from torch import fx
 
@@ -25,8 +25,8 @@ def expand(
 ) -> StepGraph:
     """``step`` with the second layer of each pair filled in like the first.
 
-    At the clock ``forward_end`` the forward is over, and what autocast cached is released. The fx
-    graph is changed in place. Raises :class:`NotRepeatable`.
+    At the clock ``forward_end`` the forward is over, and what autocast cached is released. Raises
+    :class:`NotRepeatable`.
     """
     if not pairs:
         return step
@@ -99,9 +99,6 @@ class _Repeat:
     """Storages of the pattern and the stand-ins for them."""
     given: dict[int, int]
     """The same of what comes from outside."""
-    nodes: tuple[tuple[fx.Node, fx.Node], ...]
-    """Nodes of the pattern and the stand-ins that their copies replace."""
-    outside: dict[fx.Node, fx.Node]
 
     @classmethod
     def of(cls, pattern: _Pattern, layer: Layer) -> "_Repeat":
@@ -111,14 +108,12 @@ class _Repeat:
         given = list(_matched(pattern.given, (layer.given, layer.incoming), layer))
         ours = (*pattern.layer.residents, *pattern.layer.kept_gradients)
         theirs = (*layer.residents, *layer.kept_gradients)
-        residents = list(zip(ours, theirs, strict=True))
+        residents = zip(ours, theirs, strict=True)
         return cls(
             pattern,
             layer,
             {a.storage: b.storage for a, b in made},
-            {a.storage: b.storage for a, b in (*residents, *given)},
-            tuple((a.node, b.node) for a, b in made),
-            {a.node: b.node for a, b in (*residents, *given)},
+            {**dict(residents), **{a.storage: b.storage for a, b in given}},
         )
 
     def check(self, step: StepGraph) -> None:
@@ -172,9 +167,9 @@ class _Expansion:
 
     def result(self) -> StepGraph:
         storages = self._storages()
-        self._fill_graph()
         return replace(
             self._step,
+            nodes=self._nodes(),
             ops=tuple(self._ops()),
             storages=tuple(storages),
             saved=self._saved(),
@@ -224,11 +219,10 @@ class _Expansion:
                 new.append(replace(storage, born=at, released=released, kind=kind, name=name))
             else:
                 released = self._shift(repeat, storage.released)
-                new.append(replace(storage, born=at, released=released))
+                new.append(storage.at(at, released))
 
     def _moved(self, old: int, born: int) -> Storage:
-        storage = self._step.storages[old]
-        return replace(storage, born=born, released=self._released(old))
+        return self._step.storages[old].at(born, self._released(old))
 
     def _released(self, old: int) -> int:
         """A stand-in releases what it was given at its end, the layer perhaps within.
@@ -275,11 +269,22 @@ class _Expansion:
                 call = self._call_of(repeat, own.call) if own.call >= 0 else -1
                 yield self._renumbered(own, partial(self._storage, repeat), call)
 
+    def _nodes(self) -> dict[int, fx.Node]:
+        nodes: dict[int, fx.Node] = {}
+        for index, node in self._step.nodes.items():
+            mark = self._marks.get(index)
+            own = [node] if mark is None else [self._step.nodes[op] for op in mark[1]]
+            nodes |= enumerate(own, self._clock[index])
+        return nodes
+
     def _renumbered(self, op: Op, number: Callable[[int], int], call: int) -> Op:
         inputs, outputs, written = (
             tuple(map(number, storages)) for storages in (op.inputs, op.outputs, op.written)
         )
-        return replace(op, inputs=inputs, outputs=outputs, written=written, call=call)
+        return Op(
+            op.name, op.phase, call, op.signature, inputs, outputs, written,
+            op.random, op.dtype, op.flops, op.moved_bytes,
+        )  # fmt: skip
 
     # -- calls and saved tensors -----------------------------------------------------------------
 
@@ -385,48 +390,13 @@ class _Expansion:
     def _saved_in(self, repeat: _Repeat) -> Iterator[Saved]:
         for old in repeat.pattern.saved:
             saved = self._step.saved[old]
-            moved = replace(
+            shift = partial(self._shift, repeat)
+            unpacked, until = saved.unpacked, saved.used_until
+            yield replace(
                 saved,
                 storage=self._storage(repeat, saved.storage),
-                packed=self._shift(repeat, saved.packed),
-                released=self._shift(repeat, saved.released),
+                packed=shift(saved.packed),
+                released=shift(saved.released),
+                unpacked=None if unpacked is None else shift(unpacked),
+                used_until=until if unpacked is None else shift(until),
             )
-            if saved.unpacked is not None:
-                unpacked = self._shift(repeat, saved.unpacked)
-                until = self._shift(repeat, saved.used_until)
-                moved = replace(moved, unpacked=unpacked, used_until=until)
-            yield moved
-
-    # -- fx graph --------------------------------------------------------------------------------
-
-    def _fill_graph(self) -> None:
-        """Copies the nodes of the patterns to where the stand-ins are, and takes those out."""
-        nodes: dict[int, list[fx.Node]] = defaultdict(list)
-        for node in self._step.graph.nodes:
-            if "op" in node.meta:
-                nodes[node.meta["op"]].append(node)
-        replaced: dict[fx.Node, fx.Node] = {}
-        known: dict[int, dict[fx.Node, fx.Node]] = defaultdict(dict)
-        for mark, (repeat, ops) in sorted(self._marks.items(), key=lambda item: item[0]):
-            here = known[repeat.forward_mark]
-            outside = repeat.outside.items()
-            here |= {replaced.get(a, a): replaced.get(b, b) for a, b in outside}
-            with self._step.graph.inserting_before(nodes[mark][0]):
-                for node in chain.from_iterable(nodes[op] for op in ops):
-                    here[node] = self._copied(node, here, repeat)
-                    here[node].meta["op"] = self._clock[mark] + node.meta["op"] - ops.start
-            for node, stand_in in repeat.nodes:
-                if stand_in.meta["op"] == mark:
-                    replaced[stand_in] = here[node]
-                    stand_in.replace_all_uses_with(here[node])
-            for stand_in in nodes.pop(mark):
-                self._step.graph.erase_node(stand_in)
-        for node in chain.from_iterable(nodes.values()):
-            node.meta["op"] = self._clock[node.meta["op"]]
-
-    def _copied(self, node: fx.Node, here: dict[fx.Node, fx.Node], repeat: _Repeat) -> fx.Node:
-        copy = self._step.graph.node_copy(node, lambda n: here.get(n, n))
-        pattern = repeat.pattern.layer.module
-        if copy.meta["module"].startswith(pattern):
-            copy.meta["module"] = repeat.layer.module + copy.meta["module"].removeprefix(pattern)
-        return copy

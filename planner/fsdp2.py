@@ -32,7 +32,7 @@ def with_fsdp2(
 
     ``reshard_after_forward`` is what ``fully_shard`` is told. ``keep_gradients``: the shards of
     gradients are there from earlier steps. ``stages``: collectives have buffers of their own, as
-    those of gloo have. The fx graph is changed in place.
+    those of gloo have.
     """
     groups = find_groups(model, layers, world_size)
     layout = _Layout(step, groups, world_size, reshard_after_forward, keep_gradients, stages)
@@ -321,13 +321,11 @@ class _Moved:
     def step(self) -> StepGraph:
         """All of it, but for the storages."""
         step = self._step
-        for node in step.graph.nodes:
-            if "op" in node.meta:
-                node.meta["op"] = self.op(node.meta["op"])
         placed = {self.op(i): op for i, op in enumerate(step.ops)}
         placed |= {self.place(collective): collective.as_op() for collective in self._collectives}
         return replace(
             step,
+            nodes={self.op(i): node for i, node in step.nodes.items()},
             ops=tuple(placed[i] for i in range(len(placed))),
             saved=tuple(map(self._saved, step.saved)),
             calls=tuple(

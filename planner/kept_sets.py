@@ -59,8 +59,10 @@ def lean_sets(
 
     What fits must not change with the noise of measured seconds; bytes moved stand for them here.
     """
-    ops = tuple(replace(op, seconds=float(1 + op.moved_bytes)) for op in step.ops)
-    by_bytes = replace(step, ops=ops, recomputation_seconds=0.0)
+    ops = list(step.ops)
+    for index in range(region.start, region.stop):
+        ops[index] = replace(ops[index], seconds=float(1 + ops[index].moved_bytes))
+    by_bytes = replace(step, ops=tuple(ops), recomputation_seconds=0.0)
     search = _Search(by_bytes, region, compiled, rng_state_bytes)
     by_peak = sorted(_pareto(search.grown()), key=lambda c: (c.backward_bytes, c.stored_bytes))
     picked = {round(i) for i in np.linspace(0, len(by_peak) - 1, min(_LEAN, len(by_peak)))}

@@ -62,7 +62,7 @@ def leads_to(step: StepGraph, regions: Sequence[Region], r: int) -> Lead | None:
 
 
 def _lead(step: StepGraph, regions: Sequence[Region], r: int, module: Region) -> Lead | None:
-    compiled = None if module.kept_because else region_program(step, module, step.nodes())
+    compiled = None if module.kept_because else region_program(step, module, step.nodes)
     inputs = passed(step, regions, range(module.start, module.stop), r)
     if compiled is None or compiled.program.droppable or not inputs:
         return None

@@ -35,7 +35,7 @@ def measured_seconds(step: StepGraph, device: torch.device) -> dict[str, float]:
     The fastest of a few runs counts: what else the machine does only ever adds.
     """
     known = _KNOWN[str(device), torch.get_num_threads()]
-    nodes = step.nodes()
+    nodes = step.nodes
     other = torch.zeros(_CACHE_BYTES, dtype=torch.uint8) if device.type == "cpu" else None
     with torch.random.fork_rng(), torch.no_grad():
         for index, op in enumerate(step.ops):

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from memfit.planner._compat import DATA_DEPENDENT_ERRORS, FakeOps
+from memfit.planner._compat import FakeOps, FakeTensor, another_fake
 from memfit.planner.errors import MemfitError, first_line
 from memfit.planner.recorder import Recorder
-from memfit.planner.shadows import UnknownValue, tensors_in
+from memfit.planner.shadows import tensors_in
 from memfit.planner.step_graph import Kind
 
 _NAMED: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -98,20 +98,17 @@ class OptimizerFactory:
 
 
 class _NumbersAreOne(TorchFunctionMode):
-    """Answers an optimizer that reads a number which nobody can know, such as a weight's norm.
+    """Answers an optimizer that reads a number: its count of steps, or a weight's norm.
 
-    Such numbers scale updates (Adafactor); no memory hangs on them.
+    Such numbers scale updates; no memory hangs on them.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        try:
-            return func(*args, **(kwargs or {}))
-        except (*DATA_DEPENDENT_ERRORS, UnknownValue):
-            if func is not torch.Tensor.item or not args[0].is_floating_point():
-                raise
+        if func is torch.Tensor.item and args[0].is_floating_point():
             return 1.0
+        return func(*args, **(kwargs or {}))
 
 
 def optimizer_factory(
@@ -198,7 +195,7 @@ def _alike(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, list[torch.Te
 def _another(state: Any) -> Any:
     """The same for another parameter; what is no tensor is as it was."""
     if isinstance(state, torch.Tensor):
-        return state.clone()
+        return another_fake(state) if isinstance(state, FakeTensor) else state.clone()
     if isinstance(state, dict):
         return {key: _another(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

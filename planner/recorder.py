@@ -20,6 +20,7 @@ from memfit.planner._compat import (
     IN_PLACE_IN_BACKWARD,
     FakeTensorMode,
     TorchDispatchMode,
+    device_asked,
     flops_of,
     is_own_output,
     storage_key,
@@ -126,7 +127,6 @@ class Value:
     """A tensor in the records."""
 
     storage: int
-    node: fx.Node
     layout: tuple[Any, ...]
     is_view: bool
     """Of what the op made that allocated the storage."""
@@ -299,7 +299,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Where in the records a tensor is found."""
         storage, node = self.storage_of(tensor), self.node_of(tensor)
         is_view = node.meta.get("op") != self._storages[storage].born
-        return Value(storage, node, layout_of(tensor), is_view)
+        return Value(storage, layout_of(tensor), is_view)
 
     def stand_in(self, make: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
         """One op in place of many, which are known from an equal layer.
@@ -315,7 +315,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in made:
             self._open_storage(tensor, Kind.ACTIVATION, index)
             node = self.graph.create_node("call_function", stands_in)
-            node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
+            node.meta["op"] = index
             self._describe(node, tensor)
         call = self.current_call()
         self._ops.append(
@@ -331,6 +331,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if (device := device_asked(func, args)) is not None:
+            return device
         kwargs = kwargs or {}
         if self._paused or func.namespace in ("prim", "profiler"):
             return func(*args, **kwargs)
@@ -358,7 +360,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         arguments, results = list(tensors_in((args, kwargs))), list(tensors_in(out))
         inputs = tuple(dict.fromkeys(self.storage_of(t) for t in arguments))
         node = self._node(func, args, kwargs)
-        node.meta.update(op=index, phase=self.phase.value, module=self.current_module())
+        node.meta["op"] = index
         outputs = tuple(self._bind(t, index) for t in results)
         self._name_results(node, out)
         if func in _SAVE_NUMBERS and torch.is_grad_enabled():
@@ -473,8 +475,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                  range(c.first_saved, c.last_saved), c.inputs, c.state, c.unreadable)
             for c in self._calls
         ]  # fmt: skip
+        nodes: dict[int, fx.Node] = {}
+        for node in self.graph.nodes:
+            if "op" in node.meta:
+                nodes.setdefault(node.meta["op"], node)
         return StepGraph(
-            self.graph, tuple(self._ops), tuple(storages), tuple(saved), tuple(calls), notes
+            nodes, tuple(self._ops), tuple(storages), tuple(saved), tuple(calls), notes
         )
 
     def _settle_numbers(self) -> None:

@@ -7,10 +7,11 @@ it would free a noticeable share. A region that cannot be run twice safely has a
 Depends on networkx for the dataflow.
 """
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import networkx as nx
 
@@ -54,12 +55,14 @@ def find_regions(step: StepGraph, gathered: Sequence[str] = ()) -> tuple[Region,
     kinds: dict[object, int] = {}
     times = Counter(call.module for call in step.calls)
     times.subtract(step.calls[call].module for call in calls)
+    writers = _writers(step)
     found = [
         _region(
             step,
             call,
             kinds.setdefault(_signature(step, call), len(kinds)),
             times[step.calls[call].module],
+            writers,
         )
         for call in calls
     ]
@@ -76,10 +79,12 @@ def find_lead(step: StepGraph, regions: Sequence[Region], storage: int) -> Regio
     if call <= 0 or any(r.start < record.stop and record.start < r.stop for r in regions):
         return None
     times = sum(other.module == record.module for other in step.calls) - 1
-    return _region(step, call, -1, times)
+    return _region(step, call, -1, times, _writers(step))
 
 
-def _region(step: StepGraph, call: int, kind: int, other_calls: int) -> Region:
+def _region(
+    step: StepGraph, call: int, kind: int, other_calls: int, writers: Sequence[int]
+) -> Region:
     record = step.calls[call]
     asked = [s for i in record.saved if (s := step.saved[i].unpacked) is not None]
     return Region(
@@ -91,7 +96,7 @@ def _region(step: StepGraph, call: int, kind: int, other_calls: int) -> Region:
         backward_start=min(asked, default=len(step.ops)),
         backward_stop=max((step.saved[i].released for i in record.saved), default=len(step.ops)),
         kind=kind,
-        kept_because=_why_kept(step, call, other_calls),
+        kept_because=_why_kept(step, call, other_calls, writers),
     )
 
 
@@ -180,38 +185,41 @@ def freed_bytes(step: StepGraph, call: int) -> int:
     return sum(s.size_bytes for s in inside)
 
 
-def _why_kept(step: StepGraph, call: int, other_calls: int) -> str:
+def _why_kept(step: StepGraph, call: int, other_calls: int, writers: Sequence[int]) -> str:
     """Why a call cannot be run a second time in the backward; empty if it can.
 
-    ``other_calls`` is how often its module is called beside the calls that are regions.
+    ``other_calls`` is how often its module is called beside the calls that are regions,
+    ``writers`` are the ops of the forward that change something in place.
     """
     record = step.calls[call]
     if other_calls:
         return "called elsewhere in the step, too"
     if record.unreadable:
         return f"given {record.unreadable}"
-    for inner in step.calls:
-        if inner.state and record.start <= inner.start and inner.stop <= record.stop:
+    for inner in takewhile(lambda c: c.start <= record.stop, step.calls[call:]):
+        if inner.state and inner.stop <= record.stop:
             return f"{inner.module} {inner.state}"
     for index in range(record.start, record.stop):
         for storage in step.ops[index].written:
             if step.storages[storage].born < record.start:
                 kind = step.storages[storage].kind.value
                 return f"{step.ops[index].name} changes a {kind} from outside in place"
-    return _changed_later(step, call)
-
-
-def _changed_later(step: StepGraph, call: int) -> str:
-    """Says if a tensor that a call reads is changed in place in the forward after it."""
-    record = step.calls[call]
-    ops = step.ops[record.start : record.stop]
-    read = {s for op in ops for s in op.inputs if step.storages[s].born < record.start}
-    for op in step.ops[record.stop :]:
-        if op.phase is not Phase.FORWARD:
-            return ""
-        if not read.isdisjoint(op.written):
-            return f"{op.name} changes in place what the region reads, after it"
+    read = {
+        s
+        for op in step.ops[record.start : record.stop]
+        for s in op.inputs
+        if step.storages[s].born < record.start
+    }
+    for index in writers[bisect_left(writers, record.stop) :]:
+        if not read.isdisjoint(step.ops[index].written):
+            return f"{step.ops[index].name} changes in place what the region reads, after it"
     return ""
+
+
+def _writers(step: StepGraph) -> list[int]:
+    """The ops of the forward that change something in place."""
+    forward = takewhile(lambda op: op.phase is Phase.FORWARD, step.ops)
+    return [index for index, op in enumerate(forward) if op.written]
 
 
 def _signature(step: StepGraph, call: int) -> object:

@@ -8,7 +8,8 @@ shows, and refuses; the step is then recorded in full. Depends on the recorder.
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress, pairwise
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.planner._compat import collects_outputs
+from memfit.planner._compat import another_fake, collects_outputs
 from memfit.planner.recorder import Instant, Recorder, Value, layout_of
 from memfit.planner.shadows import tensors_in
 
@@ -40,8 +41,8 @@ class Layer:
     """Its parameters, buffers and other tensors."""
     call: int
     begin: Instant
-    kept_gradients: tuple[Value, ...]
-    """Gradients of earlier steps, of its tensors."""
+    kept_gradients: tuple[int, ...]
+    """Storages of the gradients of earlier steps, of its tensors."""
     given: Value
     """The tensor that goes in, then the one that comes out, and the gradients of the two."""
     end: Instant | None = None
@@ -50,8 +51,8 @@ class Layer:
     returned: Value | None = None
     backward_begin: Instant | None = None
     backward_end: Instant | None = None
-    residents: tuple[Value, ...] = ()
-    """The tensors that it uses."""
+    residents: tuple[int, ...] = ()
+    """Storages of the tensors that it uses."""
     gradients: tuple[Value | None, ...] = ()
     """Of the tensors."""
 
@@ -81,28 +82,30 @@ class Repeats:
     def watch(self, model: nn.Module) -> None:
         """Takes over the forward of every repeated layer."""
         found = list(_repeated_layers(model))
-        owners: dict[int, int] = {}
-        for module in model.modules():
-            for tensor in _own_tensors(module):
-                owners[id(tensor)] = owners.get(id(tensor), 0) + 1
+        own = {id(module): _own_tensors(module) for module in model.modules()}
+        owners = Counter(id(t) for tensors in own.values() for t in tensors)
         for _, layers in found:
             _hide_indices(layers, self._note_index)
         for names, layers in found:
             for name, layer in zip(names, layers, strict=True):
-                tensors = tuple(t for m in layer.modules() for t in _own_tensors(m))
+                tensors = tuple(t for m in layer.modules() for t in own[id(m)])
                 if all(owners[id(t)] == 1 for t in tensors):
-                    key = self._structure(layer)
+                    key = self._structure(layer, own)
                     layer.forward = partial(self._forward, name, layer, tensors, key, layer.forward)
 
     def _note_index(self) -> None:
         self._index_reads += 1
 
-    def _structure(self, layer: nn.Module) -> Hashable:
+    def _structure(self, layer: nn.Module, own: Mapping[int, list[torch.Tensor]]) -> Hashable:
         known = self._recorder.shadows.get
         return tuple(
-            (name, type(module), _attributes(module), tuple(_tensor_key(t, known(t)) for t in own))
+            (
+                name,
+                type(module),
+                _attributes(module),
+                tuple(_tensor_key(t, known(t)) for t in own[id(module)]),
+            )
             for name, module in layer.named_modules()
-            for own in [_own_tensors(module)]
         )
 
     def forward_ends(self) -> None:
@@ -115,7 +118,7 @@ class Repeats:
         for pattern, layer in (*((own, own) for own in patterns), *self.pairs):
             used = [hasattr(t, "_memfit_node") for t in pattern.tensors]
             grads = [t.grad for t in layer.tensors]
-            layer.residents = tuple(map(self._recorder.value, compress(layer.tensors, used)))
+            layer.residents = tuple(map(self._recorder.storage_of, compress(layer.tensors, used)))
             layer.gradients = tuple(
                 None if g is None or self._recorder.is_resident(g) else self._recorder.value(g)
                 for g in grads
@@ -141,7 +144,7 @@ class Repeats:
         given = call.given[0]
         key = structure, inputs, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         recorder = self._recorder
-        kept = tuple(recorder.value(t.grad) for t in tensors if t.grad is not None)
+        kept = tuple(recorder.storage_of(t.grad) for t in tensors if t.grad is not None)
         now, here = recorder.now(), recorder.current_call()
         layer = Layer(name, tensors, here, now, kept, recorder.value(given))
         pattern = self._patterns.get(key)
@@ -194,9 +197,6 @@ class _StandIn(torch.autograd.Function):
     ) -> torch.Tensor:
         assert pattern.made is not None
         shape, stride, _, dtype = pattern.made.layout
-        for tensor, own in zip(pattern.tensors, layer.tensors, strict=True):
-            if hasattr(tensor, "_memfit_node"):
-                recorder.node_of(own)
         (made,) = recorder.stand_in(
             lambda: [torch.empty_strided(shape, stride, dtype=dtype, device=given.device)]
         )
@@ -221,7 +221,7 @@ class _StandIn(torch.autograd.Function):
             like = gradient if gradient.shape == shape else torch.empty(shape)
             # Residual connections pass gradients on as they are laid out.
             returned = torch.empty_like(like, dtype=dtype)
-            return [returned, *(torch.empty_like(t, requires_grad=False) for t in trained)]
+            return [returned, *map(another_fake, trained)]
 
         returned, *gradients = recorder.stand_in(make)
         for tensor, own in zip(trained, gradients, strict=True):

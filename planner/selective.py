@@ -6,7 +6,7 @@ else they made for autograd to ask for. Which instructions, and from what, is de
 :mod:`memfit.planner.program`; this file adds when, and for how long. Depends on the step's records.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -54,7 +54,7 @@ class RegionProgram:
 
 
 def region_program(
-    step: StepGraph, region: Region, nodes: dict[int, fx.Node]
+    step: StepGraph, region: Region, nodes: Mapping[int, fx.Node]
 ) -> RegionProgram | None:
     """The program of a region; None when what it runs depends on values."""
     numbers: dict[int, int] = {}
@@ -95,7 +95,7 @@ def region_programs(step: StepGraph, regions: Sequence[Region]) -> list[RegionPr
 
     Equal ones are one object: what is worked out for it serves all regions that run it.
     """
-    nodes = step.nodes()
+    nodes = step.nodes
     known: dict[object, Program] = {}
     programs: list[RegionProgram | None] = []
     for region in regions:

@@ -7,6 +7,7 @@ the ops before ``c``. Storages are what an allocator sees: views and in-place re
 Depends on torch.fx alone; everything that plans (regions, costs, simulation) reads these records.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -46,12 +47,12 @@ class Kind(Enum):
     @property
     def resident(self) -> bool:
         """Whether the storage is allocated before the step begins."""
-        return self in _RESIDENT
+        return self not in _MADE_IN_STEP
 
 
-_RESIDENT = frozenset(Kind) - {
+_MADE_IN_STEP = (
     Kind.GRADIENT, Kind.ACTIVATION, Kind.NUMBER, Kind.WHOLE_PARAMETER, Kind.COLLECTIVE
-}  # fmt: skip
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,12 @@ class Storage:
     """Of the tensor that it was allocated for, such as ``int64``; empty for what is no tensor."""
     name: str = ""
     """Of the parameter, buffer or argument that it is, or belongs to; empty for what an op made."""
+
+    def at(self, born: int, released: int) -> "Storage":
+        """The same at another place of a step: a third of what ``replace`` takes."""
+        return Storage(
+            self.size_bytes, self.kind, born, released, self.shape, self.dtype, self.name
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +156,11 @@ class Op:
 class StepGraph:
     """A training step: forward, backward and, if asked for, the optimizer step."""
 
-    graph: fx.Graph
-    """The ops as fx nodes, with ``op``, ``module``, ``phase``, ``shape``, ``dtype`` in the meta."""
+    nodes: Mapping[int, fx.Node]
+    """The ops as nodes of an fx graph, with ``shape``, ``stride`` and ``dtype`` in the meta.
+
+    An op of a repeated layer has the node of the layer that was recorded, a collective has none.
+    """
     ops: tuple[Op, ...]
     storages: tuple[Storage, ...]
     saved: tuple[Saved, ...]
@@ -171,10 +181,6 @@ class StepGraph:
     def seconds(self) -> float:
         """Seconds of the step when nothing is recomputed."""
         return sum(op.seconds for op in self.ops)
-
-    def nodes(self) -> dict[int, fx.Node]:
-        """The fx node of each op, by the op's index."""
-        return {n.meta["op"]: n for n in reversed(self.graph.nodes) if "op" in n.meta}
 
     def beside_workspace(self, size_bytes: int) -> "StepGraph":
         """The step on a GPU whose libraries took ``size_bytes`` for themselves in an earlier one.

@@ -116,7 +116,7 @@ class WorkspaceError(MemfitError, RuntimeError):
 
 def with_cpu_workspace(step: StepGraph) -> StepGraph:
     """``step`` with the workspace of its ops on this machine's CPU."""
-    nodes = step.nodes()
+    nodes = step.nodes
     keys = {index: _key(nodes[index]) for index in nodes if _is_measured(nodes[index])}
     missing = {key: nodes[index] for index, key in keys.items() if key not in _MEASURED}
     if missing:

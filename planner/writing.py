@@ -68,13 +68,13 @@ def _regions(task: Task, solution: Solution) -> tuple[document.RegionPlan, ...]:
 
 def _region(task: Task, index: int, choice: int, again: float) -> document.RegionPlan:
     region, options = task.regions[index], task.options[index]
-    stored = [_stored_bytes(task.step, region, o) for o in options]
+    kept_bytes, stored_bytes = (_stored_bytes(task.step, region, options[o]) for o in (0, choice))
     return document.RegionPlan(
         name=region.name,
         action=options[choice].action,
         keep=options[choice].keep,
-        stored_bytes=stored[choice],
-        freed_bytes=stored[0] - stored[choice],
+        stored_bytes=stored_bytes,
+        freed_bytes=kept_bytes - stored_bytes,
         recompute_seconds=options[choice].recompute_seconds + again,
         kept_because=region.kept_because,
         recompute=options[choice].recompute,

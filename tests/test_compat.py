@@ -28,6 +28,38 @@ def test_a_new_fake_has_strides_and_its_own_storage() -> None:
     fake = _compat.new_fake(mode, like, torch.device("cpu"))
     assert isinstance(fake, _compat.FakeTensor)
     assert (fake.shape, fake.stride(), fake.device.type) == (like.shape, like.stride(), "cpu")
+    assert fake.untyped_storage().nbytes() == 96
+    other = _compat.another_fake(fake)
+    assert (other.shape, other.stride(), other.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    assert _compat.storage_key(other) != _compat.storage_key(fake)
+    with mode:
+        assert (fake + other).device.type == "cpu"
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_fake_becomes_a_parameter(trains: bool) -> None:
+    like = torch.empty(2, device="meta")
+    fake = _compat.new_fake(_compat.FakeTensorMode(), like, torch.device("cpu"))
+    _compat.make_parameter(fake, trains)
+    assert isinstance(fake, nn.Parameter) and isinstance(fake, _compat.FakeTensor)
+    module = nn.Module()
+    module.weight = fake
+    assert dict(module.named_parameters()) == {"weight": fake}
+    assert fake.requires_grad == trains and fake.is_leaf
+
+
+def test_autograd_asks_modes_for_the_device_of_a_fake_gradient() -> None:
+    answers = []
+
+    class Mode(_compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            answers.append(_compat.device_asked(func, args))
+            return func(*args, **kwargs or {})
+
+    with _compat.FakeTensorMode(), Mode():  # type: ignore[no-untyped-call]
+        torch.autograd.backward(torch.zeros(2, requires_grad=True).sum())
+    assert torch.device("cpu") in answers, "the shim can go"
+    assert None in answers
 
 
 def test_ops_run_for_real_inside_a_dispatch_mode() -> None:

@@ -122,7 +122,7 @@ def selective_plan(p: Plan, keep: Callable[[str], tuple[str, ...]]) -> Plan:
 def droppable(model: nn.Module, batch: Any) -> dict[str, tuple[str, ...]]:
     """The names that the planner has for what its regions save."""
     graph = capture(model, batch)
-    nodes = graph.nodes()
+    nodes = graph.nodes
     found = {}
     for region in find_regions(graph):
         if (program := region_program(graph, region, nodes)) is not None:

@@ -85,7 +85,7 @@ def indexed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def node_of(step: StepGraph, name: str) -> fx.Node:
-    node: fx.Node = next(n for n in step.graph.nodes if str(n.target).startswith(name))
+    node: fx.Node = next(n for n in step.nodes.values() if str(n.target).startswith(name))
     return node
 
 

@@ -104,16 +104,18 @@ def run(options: argparse.Namespace) -> None:
 def _make_plan(options: argparse.Namespace, progress: Callable[[str], None]) -> Plan:
     progress(f"building {options.model}")
     from memfit.planner import plan
+    from memfit.planner.preparing import no_cycles
 
-    return plan(
-        build_model(options),
-        options.budget,
-        make_batch(options),
-        **step_options(options),
-        solver=options.solver,
-        gap=options.gap,
-        time_limit_seconds=options.time_limit,
-        save_problem=options.save_problem,
-        bound=options.bound,
-        progress=progress,
-    )
+    with no_cycles():
+        return plan(
+            build_model(options),
+            options.budget,
+            make_batch(options),
+            **step_options(options),
+            solver=options.solver,
+            gap=options.gap,
+            time_limit_seconds=options.time_limit,
+            save_problem=options.save_problem,
+            bound=options.bound,
+            progress=progress,
+        )
