@@ -204,6 +204,8 @@ class Limits:
     seconds: float = 20.0
     gap_seconds: float = 0.0
     """Seconds of recomputation between the two at which it ends as well."""
+    lowest_peak: bool = True
+    """Whether it looks for the lowest peak at the same seconds, which takes twice as long again."""
 
 
 DEFAULT_LIMITS = Limits()

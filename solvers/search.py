@@ -99,10 +99,12 @@ def solve(problem: Problem, limits: Limits, method: Method, name: str) -> Soluti
     if found.choices and recompute_seconds(problem, found.choices) <= limits.gap_seconds:
         # As good as free is not free: a budget that fits all must recompute nothing.
         found = method.fastest(problem, replace(left(limits, started), gap_seconds=0.0))
-    if found.choices is not None:
+    if found.choices is not None and limits.lowest_peak:
         seconds = min(left(limits, started).seconds, limits.seconds * PEAK_SHARE)
         lower = _lower(problem, found.choices, replace(limits, seconds=seconds), method)
         found = replace(found, choices=lower)
+    elif found.choices is not None:
+        found = replace(found, choices=in_order(problem, found.choices))
     return _solution(problem, found, name, started)
 
 

@@ -84,6 +84,18 @@ def test_counting_finds_the_lowest_peak(problem: Problem) -> None:
     assert lowest.peak_bytes == brute_force.minimise_peak(problem).peak_bytes
 
 
+@some
+@given(runs())
+def test_without_the_lowest_peak_it_is_as_fast(problem: Problem) -> None:
+    best = SOLVERS["brute_force"](problem)
+    for name in ("count_ilp", "flat_ilp"):
+        solution = SOLVERS[name](problem, replace(EXACT, lowest_peak=False))
+        assert solution.status is best.status, name
+        assert solution.recompute_seconds == pytest.approx(best.recompute_seconds, abs=1e-6), name
+        if best.choices:
+            assert best.peak_bytes <= solution.peak_bytes <= problem.budget_bytes, name
+
+
 @pytest.mark.parametrize("name", ["presolve_1", "presolve_2"])
 def test_optima_that_presolve_of_highs_lost_are_found(name: str) -> None:
     agree(load_problem(PROBLEMS / f"{name}.json"))
