@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 
 .PHONY: install demo test test-slow lint \
   bench-truth bench-frontier bench-overhead bench-solvers bench-optimum bench-coverage bench-scale \
-  bench-finetune
+  bench-finetune pictures
 
 install: $(STAMP)
 
@@ -60,6 +60,9 @@ bench-scale: $(STAMP)
 
 bench-finetune: $(STAMP)
 	$(BIN)/python benchmarks/finetune.py
+
+pictures: $(STAMP)
+	$(BIN)/python benchmarks/pictures.py
 
 bench-overhead: $(STAMP)
 	@$(BIN)/python benchmarks/overhead.py

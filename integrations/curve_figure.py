@@ -22,6 +22,7 @@ def make_figure(points: Sequence[Point], model: str) -> Figure:
     axes.set_xlabel("peak of a step, GiB")
     axes.set_ylabel("recomputed, % of the unplanned step")
     axes.set_title(f"{model}: memory and time")
+    axes.margins(x=0.1)  # room for the names
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

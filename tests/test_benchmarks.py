@@ -34,6 +34,18 @@ def table_rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines[2:]]
 
 
+def test_the_pictures_of_the_readme_are_drawn(tmp_path: Path) -> None:
+    code, output = run_script("pictures.py", "--quick", "--to", str(tmp_path))
+    assert code == 0, output
+    drawn = sorted(tmp_path.iterdir())
+    assert [path.name for path in drawn] == ["curve.svg", "timeline.png"]
+    assert ">full<" in drawn[0].read_text() and drawn[1].read_bytes().startswith(b"\x89PNG")
+    readme = (ROOT / "README.md").read_text()
+    for path in drawn:
+        assert f"docs/pictures/{path.name}" in readme
+        assert (ROOT / "docs" / "pictures" / path.name).exists()
+
+
 def test_predictions_are_true() -> None:
     code, output = run_script("truth.py", "--quick", "--models", "t5", "--attention", "sdpa")
     assert code == 0, output
