@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py [--to docs/pictures] [--quick]
 
-``curve.svg`` is memory against time, ``timeline.png`` the bytes alive in a planned step, both of the
-README's Llama on an H100. Depends on the command line and on matplotlib.
+``curve.svg`` is memory against time, ``timeline.png`` the bytes alive in a planned step, both for
+the README's Llama on an H100. Depends on the command line and on matplotlib.
 """
 
 import argparse

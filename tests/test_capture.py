@@ -15,6 +15,7 @@ from benchmarks.training import checkpoint_layers
 from memfit.planner.capture import capture
 from memfit.planner.errors import CaptureError
 from memfit.planner.optimizers import optimizer_factory
+from memfit.planner.regions import find_regions
 from memfit.planner.step_graph import Kind, Phase
 
 GOLDEN = Path(__file__).parent / "golden" / "two_layers.txt"
@@ -226,6 +227,27 @@ def test_frozen_parameters_get_no_gradient(make: Callable[..., Any]) -> None:
     step = capture(model, batch)
     gradients = sum(s.size_bytes for s in step.storages if s.kind is Kind.GRADIENT)
     assert gradients == sum(p.numel() * 4 for p in model.classifier.parameters())
+
+
+def test_a_frozen_vision_tower_saves_nothing() -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            num_hidden_layers=3, image_size=32, patch_size=8, **small
+        ),
+        text_config=transformers.LlamaConfig(num_hidden_layers=2, vocab_size=100, **small),
+        image_token_id=99,
+        vision_feature_layer=-1,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).train()
+    model.model.vision_tower.requires_grad_(False)
+    ids = torch.arange(48).reshape(2, 24)
+    ids[:, :16] = 99
+    batch = {"input_ids": ids, "labels": ids, "pixel_values": torch.ones(2, 3, 32, 32)}
+    step = capture(model, batch)
+    saved = {call.module: len(call.saved) for call in step.calls}
+    assert saved["model.vision_tower"] == 0 < saved["model.multi_modal_projector"]
+    assert not any(r.name.startswith("model.vision_tower") for r in find_regions(step))
 
 
 def test_a_refused_batch_says_so_once_with_its_shapes(make: Callable[..., Any]) -> None:
