@@ -230,13 +230,17 @@ def test_frozen_parameters_get_no_gradient(make: Callable[..., Any]) -> None:
 
 
 def test_a_frozen_vision_tower_saves_nothing() -> None:
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
             num_hidden_layers=3, image_size=32, patch_size=8, **small
         ),
         text_config=transformers.LlamaConfig(num_hidden_layers=2, vocab_size=100, **small),
-        image_token_id=99,
+        image_token_index=99,
         vision_feature_layer=-1,
     )
     model = transformers.LlavaForConditionalGeneration(config).train()
