@@ -8,6 +8,7 @@ the order of the data nor a generator is touched; a larger batch later is planne
 import inspect
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memfit.integrations.applying import AppliedPlan, ApplyError, apply
+from memfit.integrations.forwards import MemfitWarning
 from memfit.planner import InfeasibleBudget, Plan, plan
 from memfit.planner.budget import format_bytes
 from memfit.planner.caching import caching_modules, without_cache
+from memfit.planner.losses import NO_LOSS
 from memfit.planner.shadows import tensors_in
 from memfit.planner.target import find_target, resolve_budget
 
@@ -133,6 +136,14 @@ class _Training:
         self._listen()
         self._steps = 0
         self._callback.plan = made
+        if any(NO_LOSS in note for note in made.workload.notes):
+            warnings.warn(
+                f"the Trainer computes the loss of {type(self._model).__name__} itself, which the "
+                "plan does not cover: the step can peak above the budget. Leave room for it, or "
+                "return the loss from the model",
+                MemfitWarning,
+                stacklevel=2,
+            )
         predicted = made.predicted
         _logger.info(
             "planned into %s: peak %s at the %s, %.1f %% recomputed; unplanned %s",
@@ -213,14 +224,29 @@ def _refuse(args: TrainingArguments) -> None:
             "torch_compile=True compiles the model before MemfitCallback sees a batch; drop one of "
             "the two"
         )
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, name, False):
+            _refuse_switch(args, name, "checkpoints every layer, which a plan cannot run beside")
     settings = getattr(args, "fsdp_config", None) or {}
-    for where, switch in (
-        ("activation_checkpointing=True", getattr(args, "activation_checkpointing", False)),
-        ("gradient_checkpointing=True", getattr(args, "gradient_checkpointing", False)),
-        ("fsdp_config's activation_checkpointing", settings.get("activation_checkpointing")),
-    ):
-        if switch:
-            raise ApplyError(
-                f"{where} in TrainingArguments checkpoints every layer, which a plan cannot run "
-                "beside; drop it and keep MemfitCallback, or the other way round"
-            )
+    if settings.get("activation_checkpointing"):
+        raise ApplyError(
+            "fsdp_config's activation_checkpointing checkpoints every layer, which a plan cannot "
+            "run beside; drop it and keep MemfitCallback, or the other way round"
+        )
+    if getattr(args, "activation_offloading", False):  # TRL's
+        _refuse_switch(
+            args, "activation_offloading", "takes activations off the device that a plan counts"
+        )
+    if args.label_smoothing_factor:
+        raise ApplyError(
+            f"label_smoothing_factor={args.label_smoothing_factor} makes the Trainer compute the "
+            "loss from the logits, outside the model and so outside the plan; set it to 0, or "
+            "smooth in the model's own loss"
+        )
+
+
+def _refuse_switch(args: TrainingArguments, name: str, reason: str) -> None:
+    raise ApplyError(
+        f"{name}=True in {type(args).__name__} {reason}; pass {name}=False and keep "
+        "MemfitCallback, or the other way round"
+    )

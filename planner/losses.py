@@ -12,6 +12,9 @@ from torch import nn
 
 from memfit.planner.errors import CaptureError
 
+# In the note on a model that returns none.
+NO_LOSS = "returned no loss"
+
 
 def loss_of(outputs: Any, model: nn.Module) -> tuple[torch.Tensor, str]:
     """The loss in a model's outputs, and a note for people where a surrogate stands in for it.
@@ -53,7 +56,7 @@ def _surrogate(outputs: Any, model: nn.Module) -> tuple[torch.Tensor, str]:
     means = [t.mean() for _, t in found.values()]
     names = ", ".join(dict.fromkeys(name or "its output" for name, _ in found.values()))
     return sum(means[1:], start=means[0]), (
-        f"{type(model).__name__} returned no loss: planned for the sum of the means of what it "
+        f"{type(model).__name__} {NO_LOSS}: planned for the sum of the means of what it "
         f"returned ({names}); give the batch labels, or expect your own loss to differ"
     )
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from memfit.integrations import ApplyError, MemfitCallback
+from memfit.integrations.forwards import MemfitWarning
 from memfit.integrations.trainer import OWN_BYTES, PLAN_FILE
 from memfit.planner import InfeasibleBudget, Plan
 from memfit.planner.checkpointing import is_planned
@@ -194,8 +195,27 @@ def test_what_a_plan_cannot_run_beside_is_refused_before_it_trains(
 
 
 def test_a_trainer_with_its_own_checkpointing_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(ApplyError, match="drop it and keep MemfitCallback"):
+    with pytest.raises(ApplyError, match="pass activation_checkpointing=False and keep"):
         train(classifier(), tmp_path, [MemfitCallback("1GiB")], activation_checkpointing=True)
+
+
+def test_a_loss_outside_the_model_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(ApplyError, match=r"label_smoothing_factor=0.1 .* outside the model"):
+        train(classifier(), tmp_path, [MemfitCallback("1GiB")], label_smoothing_factor=0.1)
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels)
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(
+        classifier(), args, train_dataset=examples(), callbacks=[MemfitCallback("1GiB")],
+        compute_loss_func=loss,
+    )  # fmt: skip
+    with pytest.warns(MemfitWarning, match="the Trainer computes the loss of BertFor.* itself"):
+        trainer.train()
 
 
 def test_what_the_trainer_decides_is_no_option() -> None:
