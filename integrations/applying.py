@@ -21,7 +21,12 @@ from memfit.integrations.links import Relay
 from memfit.integrations.probes import Verdict
 from memfit.integrations.selective import SelectiveForward
 from memfit.planner.caching import caching_modules, without_cache
-from memfit.planner.checkpointing import PLANNED_MARKER, checkpointed_module, is_planned
+from memfit.planner.checkpointing import (
+    PLANNED_MARKER,
+    SWITCH_OFF,
+    checkpointed_module,
+    is_planned,
+)
 from memfit.planner.document import ACTIONS, Plan, RegionPlan
 from memfit.planner.fingerprint import differences, fingerprint, unsharded_class
 
@@ -213,9 +218,7 @@ def _refuse_other_checkpointing(model: nn.Module) -> None:
         )
     if (name := checkpointed_module(model)) is not None:
         raise ApplyError(
-            f"activation checkpointing is switched on in {name}; call "
-            "model.activation_checkpointing_disable() (or leave activation_checkpointing=False) "
-            "before apply()"
+            f"activation checkpointing is switched on in {name}; {SWITCH_OFF} before apply()"
         )
 
 

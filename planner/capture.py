@@ -31,7 +31,7 @@ from memfit.planner._compat import (
     new_fake,
 )
 from memfit.planner.caching import caching_modules, without_cache
-from memfit.planner.checkpointing import checkpointed_module, is_planned
+from memfit.planner.checkpointing import SWITCH_OFF, checkpointed_module, is_planned
 from memfit.planner.errors import CaptureError, first_line
 from memfit.planner.expansion import expand
 from memfit.planner.losses import loss_of
@@ -345,6 +345,5 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         )
     if (name := checkpointed_module(model)) is not None:
         raise CaptureError(
-            f"activation checkpointing is switched on in {name}; call "
-            "model.activation_checkpointing_disable() before planning"
+            f"activation checkpointing is switched on in {name}; {SWITCH_OFF} before planning"
         )

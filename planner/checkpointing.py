@@ -10,6 +10,11 @@ from torch import nn
 
 # Set on the hook that memfit puts on a planned model.
 PLANNED_MARKER = "_memfit_planned"
+# The way out, for messages.
+SWITCH_OFF = (
+    "call model.activation_checkpointing_disable() (or leave activation_checkpointing=False; "
+    "use_gradient_checkpointing=False in PEFT's prepare_model_for_kbit_training)"
+)
 
 
 def checkpointed_module(model: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ Depends on torch.optim. An optimizer is made anew for the fake parameters; one s
 so that the captured one is a step of the steady state with all state allocated.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,8 +57,9 @@ class OptimizerFactory:
                 {**options, "params": [named[n] for n in names]} for names, options in self.groups
             ]
         try:
-            update = self.make(groups)
-        except (TypeError, ValueError) as error:
+            with _NumbersAreOne():
+                update = self.make(groups)
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise OptimizerError(
                 f"{self.name} cannot be made anew for planning: {error}"
             ) from error
@@ -68,9 +69,10 @@ class OptimizerFactory:
                 first.grad = torch.zeros_like(first)
             self.run(update)
             update.zero_grad(set_to_none=True)
+            common = {id(t) for t in tensors_in(_without_state(update))}
             for first, others in kin.items():
                 for other in others:
-                    update.state[other] = _another(update.state[first])
+                    update.state[other] = _another(update.state[first], common)
         names = {id(p): name for name, p in named.items()}
         for parameter, state in update.state.items():
             for key, value in state.items():
@@ -100,27 +102,32 @@ class OptimizerFactory:
 class _NumbersAreOne(TorchFunctionMode):
     """Answers an optimizer that reads a number: its count of steps, or a weight's norm.
 
-    Such numbers scale updates; no memory hangs on them.
+    Such numbers scale updates or stand in tables (8-bit state); no memory hangs on them.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.Tensor.item and args[0].is_floating_point():
-            return 1.0
+        if func in (torch.Tensor.item, torch.Tensor.tolist) and args[0].is_floating_point():
+            return _ones(args[0].shape)
         return func(*args, **(kwargs or {}))
+
+
+def _ones(shape: Sequence[int]) -> Any:
+    """A number, or lists of lists of them."""
+    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1.0
 
 
 def optimizer_factory(
     optimizer: str | torch.optim.Optimizer | None,
     model: nn.Module,
     *,
-    foreach: bool,
+    on_gpu: bool,
     max_grad_norm: float | None = None,
 ) -> OptimizerFactory | None:
     """Reads the arguments ``optimizer`` and ``max_grad_norm`` of ``plan``.
 
-    ``foreach`` is what the target device takes by default when the optimizer leaves it open.
+    ``on_gpu`` is the target device, whose optimizers take foreach kernels by default.
     Raises :class:`OptimizerError` for an unknown name or an optimizer of another model.
     """
     if optimizer is None:
@@ -130,20 +137,38 @@ def optimizer_factory(
                 "optimizer step, which is not planned; name the optimizer"
             )
         return None
-    return replace(_factory(optimizer, model, foreach), max_grad_norm=max_grad_norm)
+    return replace(_factory(optimizer, model, on_gpu), max_grad_norm=max_grad_norm)
 
 
 def _factory(
-    optimizer: str | torch.optim.Optimizer, model: nn.Module, foreach: bool
+    optimizer: str | torch.optim.Optimizer, model: nn.Module, on_gpu: bool
 ) -> OptimizerFactory:
     if isinstance(optimizer, str):
-        return _named(optimizer, foreach)
+        return _named(optimizer, foreach=on_gpu)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise OptimizerError(
             f"optimizer is {optimizer!r}; pass a name ({', '.join(_NAMED)}) or a "
             "torch.optim.Optimizer over the model's parameters"
         )
-    return _like(optimizer, model, foreach)
+    _refuse_uncounted(optimizer, on_gpu)
+    return _like(optimizer, model, foreach=on_gpu)
+
+
+def _refuse_uncounted(optimizer: torch.optim.Optimizer, on_gpu: bool) -> None:
+    """Optimizers of bitsandbytes whose memory no op shows."""
+    cls = type(optimizer)
+    if not any(base.__module__.partition(".")[0] == "bitsandbytes" for base in cls.__mro__):
+        return
+    if getattr(optimizer, "is_paged", False):
+        raise OptimizerError(
+            f"{cls.__name__} is paged: its state moves between the GPU and the host, which a plan "
+            "does not count; take one that is not (optim='adamw_bnb_8bit', AdamW8bit)"
+        )
+    if not on_gpu:
+        raise OptimizerError(
+            f"{cls.__name__} of bitsandbytes allocates within its ops on a CPU, which a plan does "
+            "not see; plan for a GPU (device='h100'), or train with torch.optim.AdamW"
+        )
 
 
 def _named(name: str, foreach: bool) -> OptimizerFactory:
@@ -170,7 +195,9 @@ def _like(optimizer: torch.optim.Optimizer, model: nn.Module, foreach: bool) -> 
             )
         groups.append((tuple(names[id(p)] for p in group["params"]), options))
     cls: Callable[..., torch.optim.Optimizer] = type(optimizer)
-    defaults = {k: v for k, v in optimizer.defaults.items() if k in _keywords(cls)}
+    # bitsandbytes keeps in attributes how many bits its state has.
+    made_with = {**_without_state(optimizer), **optimizer.defaults}
+    defaults = {k: v for k, v in made_with.items() if k in _keywords(cls)}
     return OptimizerFactory(type(optimizer).__name__, lambda g: cls(g, **defaults), tuple(groups))
 
 
@@ -192,14 +219,21 @@ def _alike(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, list[torch.Te
     return kin
 
 
-def _another(state: Any) -> Any:
-    """The same for another parameter; what is no tensor is as it was."""
+def _without_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The attributes that hold nothing of a parameter's."""
+    return {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+
+
+def _another(state: Any, common: Collection[int]) -> Any:
+    """The same for another parameter; what is no tensor, or ``common`` to all, is as it was."""
     if isinstance(state, torch.Tensor):
+        if id(state) in common:
+            return state
         return another_fake(state) if isinstance(state, FakeTensor) else state.clone()
     if isinstance(state, dict):
-        return {key: _another(value) for key, value in state.items()}
+        return {key: _another(value, common) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(_another, state))
+        return type(state)(_another(value, common) for value in state)
     return state
 
 

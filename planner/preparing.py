@@ -83,7 +83,7 @@ def prepare(
     spread = read_sharding(sharding, world_size, wrap, reshard_after_forward, model)
     arguments, batch_note = _arguments(model, batch)
     on_gpu = target.device.kind == "cuda"
-    factory = optimizer_factory(optimizer, model, foreach=on_gpu, max_grad_norm=max_grad_norm)
+    factory = optimizer_factory(optimizer, model, on_gpu=on_gpu, max_grad_norm=max_grad_norm)
     say(f"capturing a training step of {type(model).__name__}")
     cast_to = target.autocast_dtype(autocast)
     step = capture(

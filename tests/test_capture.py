@@ -139,7 +139,7 @@ def test_optimizer_state_is_resident_and_its_step_is_captured(make: Callable[...
     model, batch = make("llama")
     sizes = sum(p.numel() * 4 for p in model.parameters())
     count = len(list(model.parameters()))
-    step = capture(model, batch, optimizer=optimizer_factory("adamw", model, foreach=False))
+    step = capture(model, batch, optimizer=optimizer_factory("adamw", model, on_gpu=False))
     state = sum(s.size_bytes for s in step.storages if s.kind is Kind.OPTIMIZER)
     assert state == 2 * sizes + 4 * count  # two moments, and a step count each
     assert step.ops[-1].phase is Phase.OPTIMIZER
@@ -153,7 +153,7 @@ def test_an_optimizer_instance_keeps_its_groups(make: Callable[..., Any]) -> Non
         {"params": [p for n, p in named.items() if "bias" not in n]},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
-    step = capture(model, batch, optimizer=optimizer_factory(optimizer, model, foreach=False))
+    step = capture(model, batch, optimizer=optimizer_factory(optimizer, model, on_gpu=False))
     state = sum(s.size_bytes for s in step.storages if s.kind is Kind.OPTIMIZER)
     assert state == sum(p.numel() * 4 for n, p in named.items() if "bias" in n)
     assert not optimizer.state

@@ -67,7 +67,7 @@ def test_the_graph_is_that_of_a_full_record(
     optimizer: str | None,
 ) -> None:
     model, batch = make(name, dropout, LAYERS)
-    factory = optimizer_factory(optimizer, model, foreach=True)
+    factory = optimizer_factory(optimizer, model, on_gpu=True)
     once = capture(model, batch, optimizer=factory)
     assert len(stood_in) == LAYERS - 1
     assert_same(once, capture(model, batch, optimizer=factory, repeats=False))
@@ -77,7 +77,7 @@ def test_gradients_of_earlier_steps_are_added_to(
     make: Callable[..., Any], stood_in: list[str]
 ) -> None:
     model, batch = make("llama", 0.1, LAYERS)
-    factory = optimizer_factory("adamw", model, foreach=True)
+    factory = optimizer_factory("adamw", model, on_gpu=True)
     once = capture(model, batch, optimizer=factory, keep_gradients=True)
     assert len(stood_in) == LAYERS - 1
     full = capture(model, batch, optimizer=factory, keep_gradients=True, repeats=False)

@@ -124,7 +124,7 @@ def test_sizes_are_rounded_up_as_the_allocator_does(
 
 def test_adamw_holds_its_temporaries_in_the_optimizer_step() -> None:
     model = nn.Sequential(nn.Linear(256, 1024, bias=False), nn.Flatten(0), nn.Linear(1024, 1))
-    factory = optimizer_factory("adamw", model, foreach=False)
+    factory = optimizer_factory("adamw", model, on_gpu=False)
     step = capture(model, (torch.zeros(1, 256),), optimizer=factory)
     timeline = simulate(step, (), ())
     peak = describe_peak(step, (), timeline)
