@@ -15,6 +15,7 @@ from memfit.planner.devices import DEVICES
 from memfit.planner.options import RegionOption, build_problem
 from memfit.planner.regions import Region, find_regions
 from memfit.planner.step_graph import StepGraph
+from tests.chains import Tanh
 
 Options = tuple[tuple[RegionOption, ...], ...]
 _RNG_STATE_BYTES = 5056
@@ -55,11 +56,6 @@ def test_moved_options_are_those_of_the_region(
             moved += a.move is not None
     assert moved > 2 * len(found[1])
     assert build_problem(step, regions, found, 1, 512) == build_problem(step, regions, own, 1, 512)
-
-
-class Tanh(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.tanh().tanh()
 
 
 class Unlike(nn.Module):

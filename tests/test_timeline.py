@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from memfit.integrations import cli
 from memfit.planner import InfeasibleBudget, Plan, plan, timeline
@@ -24,10 +23,9 @@ from memfit.planner.preparing import prepare
 from memfit.planner.report import WIDTH
 from memfit.planner.timeline import AliveTensor, MemoryTimeline, decode_column, encode_column
 from memfit.planner.writing import write_plan
+from tests.chains import UNIT, Chain
 
 GOLDEN = Path(__file__).parent / "golden"
-UNIT = 1 << 20
-
 Output = pytest.CaptureFixture[str]
 
 
@@ -85,26 +83,6 @@ def test_the_kinds_add_up_to_what_the_simulator_says(
         )
         recomputes.append(max(by_kind.get(timeline.RECOMPUTED, [0])))
     assert recomputes[0] == 0 < recomputes[2]
-
-
-class Block(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.tanh().tanh()
-
-
-class Chain(nn.Module):
-    """Four blocks of two tanh on 1 MiB, between a parameter of 1 MiB and a sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(UNIT // 4))
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * self.weight
-        for block in self.blocks:
-            x = block(x)
-        return x.sum()
 
 
 def test_kinds_of_a_chain_by_hand() -> None:
