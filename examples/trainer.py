@@ -2,8 +2,10 @@
 
     python examples/trainer.py [--budget 20MiB] [--without]
     torchrun --nproc-per-node 2 examples/trainer.py
+    accelerate launch --multi_gpu --num_processes 2 examples/trainer.py
 
-``--without`` trains the same without a plan: the losses are the same. Needs accelerate and peft.
+``--without`` trains the same without a plan: the losses are the same. ``--multi_gpu`` is what makes
+accelerate start several processes, without a GPU too. Needs accelerate and peft.
 """
 
 import argparse

@@ -25,6 +25,7 @@ from memfit.planner.step_graph import Kind
 from memfit.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
+PATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 LEAVING = str(Path(__file__).parent / "leave_at_once.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LEAVING)
 
@@ -44,7 +45,7 @@ def test_two_processes_keep_to_their_plan(case: str) -> None:
         capture_output=True,
         text=True,
         env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
+        | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": PATH},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,0 +1,77 @@
+"""A process of ``test_launching``: the Trainer trains without a plan, then with one.
+
+    accelerate launch --multi_gpu --num_processes 2 tests/launched_training.py
+
+Prints a JSON line: whether losses and weights are equal to the bit, and what was predicted and
+measured. Runs in a process of its own, since the allocator's events can be read once in each.
+"""
+
+import json
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.finetune import Probe
+from memfit.integrations import MemfitCallback
+from memfit.planner import InfeasibleBudget
+from tests.process_step import bert, local
+
+STEPS = 4
+
+
+def train(model: nn.Module, data: Any, *callbacks: TrainerCallback) -> list[float]:
+    """The losses of a few steps."""
+    with tempfile.TemporaryDirectory() as directory:
+        args = TrainingArguments(
+            directory, max_steps=STEPS, per_device_train_batch_size=4, logging_steps=1,
+            save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+            ddp_broadcast_buffers=False,  # gloo's threads may free them, which no profiler sees
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[*callbacks])
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return bert()[0]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    rows = torch.randint(0, 1000, (32, 64), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": i % 2} for i, row in enumerate(rows)]
+    plain, planned = classifier(), classifier()
+    losses = train(plain, data)
+    try:
+        train(classifier(), data, MemfitCallback(1))
+    except InfeasibleBudget as error:
+        budget = error.minimum_bytes
+    callback, probe = MemfitCallback(budget), Probe()
+    again = train(planned, data, callback, probe)
+    assert callback.plan is not None
+    predicted = callback.plan.predicted
+    pairs = zip(plain.parameters(), planned.parameters(), strict=True)
+    report = {
+        "equal": again == losses and all(torch.equal(local(p), local(q)) for p, q in pairs),
+        "steps": len(losses),
+        "sharding": callback.plan.workload.sharding,
+        "actions": sorted({region.action for region in callback.plan.regions}),
+        "predicted_bytes": predicted.peak_bytes - predicted.resident_bytes,
+        "measured_bytes": probe.peak_bytes,
+        "allowed_bytes": budget - predicted.resident_bytes,
+    }
+    sys.stdout.write(json.dumps(report) + "\n")  # in one piece, beside the other process's
+    sys.stdout.flush()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
