@@ -2,7 +2,7 @@
 
 The plan is made when the model is first called to train, with what it is called with, so neither
 the order of the data nor a generator is touched; a larger batch later is planned anew. Depends on
-``plan``, ``apply`` and transformers' callbacks.
+``plan``, ``apply``, what FSDP2 made of a model, and transformers' callbacks.
 """
 
 import inspect
@@ -18,9 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from memfit.integrations.applying import AppliedPlan, ApplyError, apply
 from memfit.integrations.forwards import MemfitWarning
+from memfit.integrations.sharded import Twin, is_sharded, read_sharded
 from memfit.planner import InfeasibleBudget, Plan, plan
 from memfit.planner.budget import format_bytes
 from memfit.planner.caching import caching_modules, without_cache
+from memfit.planner.fingerprint import unsharded_class
 from memfit.planner.losses import NO_LOSS
 from memfit.planner.shadows import tensors_in
 from memfit.planner.target import find_target, resolve_budget
@@ -44,9 +46,9 @@ class MemfitCallback(TrainerCallback):
 
     ``budget`` is the peak of all device memory, as for :func:`memfit.planner.plan`, of which 8 KiB
     are for the Trainer's own losses and norms; the other options are those of ``plan``. Batch,
-    optimizer, mixed precision, accumulation and clipping are the Trainer's. The plan is written to
-    ``memfit_plan.json`` in its output directory and is :attr:`plan` here. Raises
-    :class:`ApplyError` beside activation checkpointing of the Trainer, before training, and
+    optimizer, mixed precision, accumulation, clipping and sharding (DDP, FSDP2) are the Trainer's.
+    The plan is written to ``memfit_plan.json`` in its output directory and is :attr:`plan` here.
+    Raises :class:`ApplyError` beside activation checkpointing of the Trainer, before training, and
     :class:`InfeasibleBudget` for a batch that cannot be trained within the budget.
     """
 
@@ -62,11 +64,15 @@ class MemfitCallback(TrainerCallback):
         self.measured_peak_bytes: int | None = None
         """Peak of the step after the first planned one; None where no GPU counts it."""
         self._training: _Training | None = None
+        self._twin: Twin | None = None
+        """Of a model that is going to be sharded."""
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse(args)
+        _refuse_sharded(kwargs["model"])
+        self._twin = Twin(kwargs["model"]) if _fsdp_version(args) else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,7 +80,10 @@ class MemfitCallback(TrainerCallback):
         _refuse(args)
         self.remove()
         self.plan = self.measured_peak_bytes = None
-        self._training = _Training(self, args, kwargs["model"], kwargs.get("optimizer"))
+        model = kwargs["model"]
+        if self._twin is None:
+            _refuse_sharded(model)
+        self._training = _Training(self, args, model, kwargs.get("optimizer"), self._twin)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,19 +112,24 @@ class _Training:
         args: TrainingArguments,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
+        twin: Twin | None,
     ) -> None:
         self._callback = callback
         self._args = args
         self._model = model
         # accelerate wraps the optimizer.
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._twin = twin
         self._applied: AppliedPlan | None = None
         self._elements = 0
         self._steps = 0
         self._listen()
 
     def _listen(self) -> None:
-        self._hook = self._model.register_forward_pre_hook(self._called, with_kwargs=True)
+        # Before FSDP2's own hook, which gathers parameters.
+        self._hook = self._model.register_forward_pre_hook(
+            self._called, with_kwargs=True, prepend=True
+        )
 
     def _called(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -159,20 +173,20 @@ class _Training:
             made.save(directory / PLAN_FILE)
 
     def _within_budget(self, batch: dict[str, Any]) -> Plan:
-        budget, options = self._callback.budget, self._callback.options
-        target = find_target(self._model, options.get("device"))
+        budget = self._callback.budget
+        options = {"device": next(self._model.parameters()).device.type} | self._callback.options
+        target = find_target(self._model, options["device"])
         own = 0 if budget == "auto" else OWN_BYTES
-        processes = self._args.world_size
+        model, optimizer, sharding = self._as_planned()
         try:
             return plan(
-                self._model,
+                model,
                 max(1, resolve_budget(budget, target) - own),
                 batch,
-                optimizer=self._optimizer,
+                optimizer=optimizer,
                 keep_gradients=self._args.gradient_accumulation_steps > 1,
                 max_grad_norm=self._args.max_grad_norm or None,
-                sharding="ddp" if processes > 1 else None,
-                world_size=processes,
+                **sharding,
                 **options,
             )
         except InfeasibleBudget as error:
@@ -181,6 +195,20 @@ class _Training:
                 f"{error} With the {own} bytes that the Trainer takes beside it: {least} bytes.",
                 least,
             ) from error
+
+    def _as_planned(self) -> tuple[nn.Module, torch.optim.Optimizer | None, dict[str, Any]]:
+        """The model and its optimizer as ``plan`` takes them, and how they are sharded."""
+        model, optimizer, processes = self._model, self._optimizer, self._args.world_size
+        if self._twin is not None and is_sharded(model):
+            twin = self._twin.like(model)
+            if optimizer is not None:
+                optimizer = self._twin.optimizer(optimizer, model)
+            return twin, optimizer, read_sharded(model).options()
+        return (
+            model,
+            optimizer,
+            {"sharding": "ddp", "world_size": processes} if processes > 1 else {},
+        )
 
     def step_ends(self) -> None:
         """The step after the first planned one is measured: the first may still allocate state."""
@@ -209,16 +237,32 @@ class _Training:
             self._applied = None
 
 
+def _fsdp_version(args: TrainingArguments) -> int:
+    """1 or 2, or 0 without FSDP."""
+    if getattr(args, "fsdp", None):
+        settings: Any = args.fsdp_config or {}
+        return int(settings.get("version", 2))
+    return int(os.environ.get("FSDP_VERSION", "1")) if _launched_with("ACCELERATE_USE_FSDP") else 0
+
+
+def _launched_with(switch: str) -> bool:
+    """Whether ``accelerate launch`` switched something on."""
+    return os.environ.get(switch, "false").lower() in ("true", "1")
+
+
 def _refuse(args: TrainingArguments) -> None:
     """What a plan cannot run beside, said before any step."""
-    for what, engine in (("FSDP", "fsdp"), ("DeepSpeed", "deepspeed")):
-        launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
-        if getattr(args, engine, None) or launched:
-            raise ApplyError(
-                f"{what} shards the model before MemfitCallback sees it; train with DDP or in one "
-                "process, or in a loop of your own with fully_shard() and "
-                "plan(model, budget, sharding='fsdp2', world_size=...)"
-            )
+    if getattr(args, "deepspeed", None) or _launched_with("ACCELERATE_USE_DEEPSPEED"):
+        raise ApplyError(
+            "DeepSpeed runs the step in an engine of its own, which is not planned; train with "
+            "DDP, with FSDP2 (fsdp=True), or in one process"
+        )
+    version = _fsdp_version(args)
+    if version == 1:
+        raise ApplyError(
+            "FSDP1 wraps the model in flat parameters, which is not planned; use FSDP2: "
+            "fsdp_config={'version': 2}, or accelerate launch --fsdp_version 2"
+        )
     if args.torch_compile:
         raise ApplyError(
             "torch_compile=True compiles the model before MemfitCallback sees a batch; drop one of "
@@ -227,12 +271,6 @@ def _refuse(args: TrainingArguments) -> None:
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if getattr(args, name, False):
             _refuse_switch(args, name, "checkpoints every layer, which a plan cannot run beside")
-    settings = getattr(args, "fsdp_config", None) or {}
-    if settings.get("activation_checkpointing"):
-        raise ApplyError(
-            "fsdp_config's activation_checkpointing checkpoints every layer, which a plan cannot "
-            "run beside; drop it and keep MemfitCallback, or the other way round"
-        )
     if getattr(args, "activation_offloading", False):  # TRL's
         _refuse_switch(
             args, "activation_offloading", "takes activations off the device that a plan counts"
@@ -243,6 +281,7 @@ def _refuse(args: TrainingArguments) -> None:
             "loss from the logits, outside the model and so outside the plan; set it to 0, or "
             "smooth in the model's own loss"
         )
+    _refuse_of_fsdp(args, version)
 
 
 def _refuse_switch(args: TrainingArguments, name: str, reason: str) -> None:
@@ -250,3 +289,41 @@ def _refuse_switch(args: TrainingArguments, name: str, reason: str) -> None:
         f"{name}=True in {type(args).__name__} {reason}; pass {name}=False and keep "
         "MemfitCallback, or the other way round"
     )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if is_sharded(model):
+        raise ApplyError(
+            f"{unsharded_class(model).__name__} was sharded before MemfitCallback saw it; load it "
+            "whole, and pass the callback when the Trainer is made: Trainer(..., callbacks=[...])"
+        )
+
+
+def _refuse_of_fsdp(args: TrainingArguments, version: int) -> None:
+    settings: Any = getattr(args, "fsdp_config", None) or {}
+    for where, switch in (
+        ("fsdp_config's activation_checkpointing", settings.get("activation_checkpointing")),
+        (
+            "accelerate's --fsdp_activation_checkpointing",
+            version and _launched_with("FSDP_ACTIVATION_CHECKPOINTING"),
+        ),
+    ):
+        if switch:
+            raise ApplyError(
+                f"{where} checkpoints every layer, which a plan cannot run beside; drop it and "
+                "keep MemfitCallback, or the other way round"
+            )
+    if not version:
+        return
+    if settings.get("cpu_offload") or _launched_with("FSDP_OFFLOAD_PARAMS"):
+        raise ApplyError(
+            "FSDP2 with its parameters on the CPU (cpu_offload) is not planned; drop one of the two"
+        )
+    accelerator: Any = args.accelerator_config
+    accumulation = accelerator.gradient_accumulation_kwargs or {}
+    if args.gradient_accumulation_steps > 1 and not accumulation.get("sync_each_batch"):
+        raise ApplyError(
+            "FSDP2 keeps whole gradients between the batches that it accumulates, which is not "
+            "planned; pass accelerator_config={'gradient_accumulation_kwargs': "
+            "{'sync_each_batch': True}}, by which every process keeps its shards alone"
+        )

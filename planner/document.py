@@ -71,7 +71,7 @@ class Workload:
     world_size: int = 1
     """Over how many; the batch and all bytes are those of one."""
     wrap: tuple[str, ...] = ()
-    """Class names of the layers that FSDP2 shards."""
+    """What FSDP2 shards: class names, or names of modules."""
     reshard_after_forward: bool | None = None
     """What FSDP2 is told."""
 

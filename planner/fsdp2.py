@@ -1,16 +1,16 @@
 """What FSDP2 lays over a step: shards of the parameters, and whole ones while they are needed.
 
-Every process keeps a shard of each parameter. Around the forward and the backward of a group (a
-module that ``fully_shard`` was called on, less the groups within it) the whole parameters are
-gathered, in the backward the next group's ahead of time; then its gradients are reduced to shards
-(torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py). These are no ops of the model, so that
-they are inserted into the captured step, with what they allocate. Depends on the step's records.
+Every process keeps a shard of each parameter. Around the forward and the backward of a group (what
+``fully_shard`` was called on, a module or several, less the groups within it) the whole parameters
+are gathered, in the backward the next group's ahead of time; then its gradients are reduced to
+shards (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py). These are no ops of the model, so
+that they are inserted into the captured step, with what they allocate. Depends on the step's
+records.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from types import MappingProxyType
 
 from torch import nn
@@ -18,37 +18,48 @@ from torch import nn
 from memfit.planner.step_graph import Kind, Op, Phase, Saved, StepGraph, Storage
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What ``fully_shard`` is called on once."""
+
+    modules: tuple[str, ...]
+    """FQNs: one, or those of a list; an empty one is the model itself."""
+    reshards: bool
+    """Whether its parameters are gathered again for the backward, or stay whole until then."""
+
+
 def with_fsdp2(
     step: StepGraph,
     model: nn.Module,
-    layers: Sequence[str],
+    units: Sequence[Unit],
     world_size: int,
     *,
-    reshard_after_forward: bool | None,
     keep_gradients: bool,
     stages: bool,
 ) -> StepGraph:
-    """The step of one of ``world_size`` processes, whose groups are ``layers`` and the rest.
+    """The step of one of ``world_size`` processes.
 
-    ``reshard_after_forward`` is what ``fully_shard`` is told. ``keep_gradients``: the shards of
-    gradients are there from earlier steps. ``stages``: collectives have buffers of their own, as
-    those of gloo have.
+    ``keep_gradients``: the shards of gradients are there from earlier steps. ``stages``:
+    collectives have buffers of their own, as those of gloo have.
     """
-    groups = find_groups(model, layers, world_size)
-    layout = _Layout(step, groups, world_size, reshard_after_forward, keep_gradients, stages)
-    return layout.result()
+    groups = find_groups(model, units, world_size)
+    return _Layout(step, groups, world_size, keep_gradients, stages).result()
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters that are gathered together."""
+    """Parameters that are gathered together: those of a unit that no inner one holds."""
 
-    module: str
-    """FQN; empty for the model, which holds what no other group does."""
+    unit: Unit
     sizes_bytes: Mapping[str, int] = field(hash=False)
     """Of each parameter by FQN, padded so that it can be cut into shards of one size."""
     trainable_bytes: int
     """Padded, of those that get a gradient."""
+
+    @property
+    def name(self) -> str:
+        """Of its modules."""
+        return ", ".join(self.unit.modules)
 
     @property
     def all_bytes(self) -> int:
@@ -56,19 +67,24 @@ class Group:
         return sum(self.sizes_bytes.values())
 
 
-def find_groups(model: nn.Module, layers: Sequence[str], world_size: int) -> tuple[Group, ...]:
-    """The model's own group and those of its layers."""
-    owned: dict[str, dict[str, nn.Parameter]] = {name: {} for name in ("", *layers)}
+def find_groups(model: nn.Module, units: Sequence[Unit], world_size: int) -> tuple[Group, ...]:
+    """Of the units that hold parameters of their own, in the order of the model's modules."""
+    by_module = {module: unit for unit in units for module in unit.modules}
+    owned: dict[Unit, dict[str, nn.Parameter]] = {
+        by_module[name]: {} for name, _ in model.named_modules() if name in by_module
+    }
     for name, parameter in model.named_parameters():
-        owner = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
-        owned[owner][name] = parameter
-    return tuple(_group(name, own, world_size) for name, own in owned.items() if own)
+        owner = name
+        while owner not in by_module:
+            owner = owner.rpartition(".")[0]
+        owned[by_module[owner]][name] = parameter
+    return tuple(_group(unit, own, world_size) for unit, own in owned.items() if own)
 
 
-def _group(module: str, parameters: Mapping[str, nn.Parameter], world_size: int) -> Group:
+def _group(unit: Unit, parameters: Mapping[str, nn.Parameter], world_size: int) -> Group:
     padded = {name: _padded_bytes(p, world_size) for name, p in parameters.items()}
     trainable = sum(size for name, size in padded.items() if parameters[name].requires_grad)
-    return Group(module, MappingProxyType(padded), trainable)
+    return Group(unit, MappingProxyType(padded), trainable)
 
 
 def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
@@ -78,7 +94,7 @@ def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """A call of a group's module. Clocks of the first op and after the last."""
+    """Calls of all modules of a group. Clocks of the first op and after the last."""
 
     group: Group
     start: int
@@ -86,8 +102,6 @@ class _Span:
     backward_start: int
     backward_stop: int
     call: int
-    again: bool
-    """Whether it is gathered again for the backward, or stays whole until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +149,12 @@ class _Layout:
         step: StepGraph,
         groups: Sequence[Group],
         world_size: int,
-        reshards: bool | None,
         keeps_gradients: bool,
         stages: bool,
     ) -> None:
         self._step = step
         self._groups = groups
         self._world_size = world_size
-        self._reshards = reshards
         self._keeps_gradients = keeps_gradients
         self._stages = stages
         phases = [op.phase for op in step.ops]
@@ -178,24 +190,30 @@ class _Layout:
 
     def _spans(self) -> list[_Span]:
         """In forward order, the model's own group first."""
-        by_name = {group.module: group for group in self._groups}
-        called = ((i, c.module) for i, c in enumerate(self._step.calls) if c.module in by_name)
-        found = [self._span(by_name[module], index) for index, module in called]
-        return sorted(found, key=lambda span: (span.start, -span.stop))
+        spans = []
+        for group in self._groups:
+            modules = group.unit.modules
+            calls = [i for i, c in enumerate(self._step.calls) if c.module in modules]
+            spans += [
+                self._span(group, calls[i : i + len(modules)])
+                for i in range(0, len(calls), len(modules))
+            ]
+        return sorted(spans, key=lambda span: (span.start, -span.stop))
 
-    def _span(self, group: Group, index: int) -> _Span:
-        """The model's own group is whole until the backward ends, unless told otherwise."""
+    def _span(self, group: Group, indices: Sequence[int]) -> _Span:
+        """What is given no gradient to pass on, as the model itself, is done with at the end."""
         end = self._backward_end
-        if not group.module:
-            again = self._reshards is True
-            stop = self._forward_end if again else end
-            return _Span(group, 0, stop, self._forward_end, end, index, again)
-        call = self._step.calls[index]
-        used = [s for i in call.saved if (s := self._step.saved[i]).unpacked is not None]
+        calls = [self._step.calls[index] for index in indices]
+        if not calls[0].module:
+            return _Span(group, 0, self._forward_end, self._forward_end, end, indices[0])
+        saved = (self._step.saved[i] for call in calls for i in call.saved)
+        used = [s for s in saved if s.unpacked is not None]
         start = min((s.unpacked for s in used if s.unpacked is not None), default=end)
         last = max((s.released for s in used), default=end)
-        again = self._reshards is not False
-        return _Span(group, call.start, call.stop if again else last, start, last, index, again)
+        inputs = (self._step.storages[i].dtype for i in calls[0].inputs)
+        if all(dtype.startswith(("int", "uint", "bool")) for dtype in inputs):
+            last = end
+        return _Span(group, calls[0].start, calls[-1].stop, start, last, indices[0])
 
     def _run(
         self, name: str, clock: int, phase: Phase, span: _Span, own_bytes: int = 0
@@ -207,7 +225,7 @@ class _Layout:
         """Gathers the shards of a group into one buffer, from which they are copied out."""
         size = span.group.all_bytes
         gather = self._run("all_gather", clock, phase, span, size if self._stages else 0)
-        return _Held(f"{span.group.module}.all_gather", size, gather)
+        return _Held(f"{span.group.name}.all_gather", size, gather)
 
     def _copy_out(self, span: _Span, clock: int, until: int, phase: Phase) -> _Collective:
         copied = self._run("copy_out", clock, phase, span)
@@ -223,7 +241,8 @@ class _Layout:
         before: _Held | None = None
         for span in spans:
             gathered = self._gather(span, span.start, Phase.FORWARD)
-            copied = self._copy_out(span, span.start, span.stop, Phase.FORWARD)
+            until = span.stop if span.group.unit.reshards else span.backward_stop
+            copied = self._copy_out(span, span.start, until, Phase.FORWARD)
             if before is not None:
                 self._lay(before, Kind.COLLECTIVE, copied)
             before = gathered
@@ -231,25 +250,35 @@ class _Layout:
             self._lay(before, Kind.COLLECTIVE, self._forward_end)
 
     def _lay_backward(self, spans: Sequence[_Span]) -> None:
-        """The next group is gathered ahead, once a group has been copied out."""
-        run = [s for s in spans if s.backward_start < self._backward_end]
+        """When a group has been copied out, the one called before it is gathered ahead."""
+        ended = sorted(spans, key=lambda span: span.stop)
+        before = dict(zip(ended[1:], ended, strict=False))
+        run = [s for s in reversed(ended) if s.backward_start < self._backward_end]
         run.sort(key=lambda span: span.backward_start)
-        gathers = [span for span in run if span.again]
-        following = dict(pairwise((*gathers, None)))
-        ahead = self._gather(gathers[0], self._forward_end, Phase.BACKWARD) if gathers else None
-        reduced: _Held | None = None
+        ahead: dict[_Span, _Held] = {}
         for span in run:
-            if ahead and span.again:
-                start, gathered = span.backward_start, ahead
+            start = span.backward_start
+            own = ahead.pop(span, None)
+            if span.group.unit.reshards:
+                own = own or self._gather(span, start, Phase.BACKWARD)
                 self._copy_out(span, start, span.backward_stop, Phase.BACKWARD)
-                if after := following[span]:
-                    ahead = self._gather(after, start, Phase.BACKWARD)
-                self._lay(gathered, Kind.COLLECTIVE, ahead.by if after else start)
-            if span.group.module:
-                reduced = self._reduce(span, reduced)
-        for span in run:
-            if not span.group.module:
-                reduced = self._reduce(span, reduced)
+            following = before.get(span)
+            if following and following.group.unit.reshards:
+                ahead[following] = self._gather(following, start, Phase.BACKWARD)
+            if own:
+                after = ahead.get(following) if following else None
+                self._lay(own, Kind.COLLECTIVE, after.by if after else start)
+        for held in ahead.values():  # of what is not run backward after all
+            self._lay(held, Kind.COLLECTIVE, None)
+        self._lay_reductions(run)
+
+    def _lay_reductions(self, run: Sequence[_Span]) -> None:
+        reduced: _Held | None = None
+        last = [span for span in run if span.backward_stop == self._backward_end]
+        for span in (s for s in run if s not in last):
+            reduced = self._reduce(span, reduced)
+        for span in sorted(last, key=lambda span: self._groups.index(span.group)):
+            reduced = self._reduce(span, reduced)
         if reduced is not None:
             self._lay(reduced, Kind.COLLECTIVE, None)
 
@@ -265,10 +294,10 @@ class _Layout:
         own = (size if self._stages else 0) + (shards if self._keeps_gradients else 0)
         scatter = self._run("reduce_scatter", end, Phase.BACKWARD, span, own)
         if not self._keeps_gradients:
-            held = _Held(f"{span.group.module}.gradient shards", shards, scatter)
+            held = _Held(f"{span.group.name}.gradient shards", shards, scatter)
             self._lay(held, Kind.GRADIENT, len(self._step.ops))
         self._reductions.append((span, scatter))
-        return _Held(f"{span.group.module}.reduce_scatter", size, copied)
+        return _Held(f"{span.group.name}.reduce_scatter", size, copied)
 
     # -- storages --------------------------------------------------------------------------------
 
@@ -278,9 +307,10 @@ class _Layout:
             return replace(new, size_bytes=0)
         if old.kind is not Kind.GRADIENT:
             return new
-        spans = ((s, c) for s, c in self._reductions
-                 if s.backward_start <= old.born < s.backward_stop)  # fmt: skip
-        _, scatter = next(spans, self._reductions[-1])
+        own = [
+            (s, c) for s, c in self._reductions if s.backward_start <= old.born < s.backward_stop
+        ]
+        _, scatter = max(own, key=lambda r: r[0].backward_start, default=self._reductions[-1])
         return replace(new, released=moved.place(scatter))
 
     def _residents(self, moved: "_Moved") -> Iterator[Storage]:
@@ -291,7 +321,7 @@ class _Layout:
                 yield Storage(size // self._world_size, Kind.PARAMETER, -1, end, name=name)
             if self._keeps_gradients and group.trainable_bytes:
                 size = group.trainable_bytes // self._world_size
-                name = f"{group.module}.gradient shards"
+                name = f"{group.name}.gradient shards"
                 yield Storage(size, Kind.KEPT_GRADIENT, -1, end, name=name)
 
 

@@ -90,7 +90,9 @@ def plan(
         the seconds.
     wrap, reshard_after_forward
         For FSDP2: the class names of the layers, where they are others than ``_no_split_modules``
-        of the model, and what ``fully_shard`` is told; accelerate tells it True.
+        of the model, and what ``fully_shard`` is told. ``wrap`` also takes the name of a module,
+        or of several that are given to one ``fully_shard``: ``"model.norm+lm_head"``; what ends in
+        ``:whole`` is not resharded after the forward.
     selective
         Offer the action ``selective``: keep some activations of a region and recompute the others
         op by op. Without it regions are kept or checkpointed whole.

@@ -118,7 +118,7 @@ def prepare(
         reshard_after_forward=spread.reshard_after_forward,
         notes=tuple(filter(None, notes)),
     )
-    task = Task.of(step, target, limits, selective, gathered=spread.layers)
+    task = Task.of(step, target, limits, selective, gathered=spread.gathered)
     return Prepared(task, _model(model), workload)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from memfit.planner.errors import ShardingError
-from memfit.planner.fsdp2 import with_fsdp2
+from memfit.planner.fsdp2 import Unit, with_fsdp2
 from memfit.planner.step_graph import Kind, StepGraph, Storage
 
 DDP, FSDP2 = "ddp", "fsdp2"
@@ -24,17 +24,21 @@ class Sharding:
     """``"ddp"``, ``"fsdp2"``, or None in one process."""
     world_size: int
     wrap: tuple[str, ...] = ()
-    """Class names of the modules that ``fully_shard`` is called on, the model itself aside."""
-    layers: tuple[str, ...] = ()
-    """FQNs of these modules."""
+    """What ``fully_shard`` is called on, the model itself aside, as ``plan`` takes it."""
+    units: tuple[Unit, ...] = ()
+    """That and the model itself."""
     reshard_after_forward: bool | None = None
-    """As ``fully_shard`` is told: True for all groups, False for none, None for all but the model's
-    own."""
+    """As ``fully_shard`` is told."""
 
     @property
     def shards(self) -> int:
         """Into how many pieces each parameter is cut."""
         return self.world_size if self.kind == FSDP2 else 1
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """FQNs of modules whose parameters are whole in their own forward and backward only."""
+        return tuple(module for unit in self.units for module in unit.modules if module)
 
     def over(
         self, step: StepGraph, model: nn.Module, *, keep_gradients: bool, stages: bool
@@ -46,9 +50,8 @@ class Sharding:
             return with_fsdp2(
                 step,
                 model,
-                self.layers,
+                self.units,
                 self.world_size,
-                reshard_after_forward=self.reshard_after_forward,
                 keep_gradients=keep_gradients,
                 stages=stages,
             )
@@ -85,28 +88,48 @@ def read_sharding(
         raise ShardingError(
             f"FSDP2 cannot shard {scalars[0]}, a parameter without dimensions; plan for 'ddp'"
         )
-    classes = _wrapped(model, wrap)
-    found = [name for name, module in model.named_modules() if type(module).__name__ in classes]
-    layers = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
-    return Sharding(FSDP2, world_size, classes, tuple(layers), reshard_after_forward)
-
-
-def _wrapped(model: nn.Module, wrap: Sequence[str] | None) -> tuple[str, ...]:
-    """Class names of the layers.
-
-    By default those that transformers does not split over devices, where there are several of one.
-    """
-    times = Counter(type(module).__name__ for module in model.modules())
     if wrap is None:
-        wrap = [c for c in getattr(model, "_no_split_modules", None) or () if times[c] > 1]
-    if unknown := [cls for cls in wrap if cls not in times]:
-        raise ShardingError(f"{type(model).__name__} has no module of the class {unknown[0]!r}")
-    if not wrap:
+        wrap = _layers(model)
+    units = _units(model, wrap, reshard_after_forward)
+    return Sharding(FSDP2, world_size, tuple(wrap), units, reshard_after_forward)
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Classes that transformers does not split over devices, where there are several of one."""
+    times = Counter(type(module).__name__ for module in model.modules())
+    return [c for c in getattr(model, "_no_split_modules", None) or () if times[c] > 1]
+
+
+def _units(model: nn.Module, wrap: Sequence[str], reshards: bool | None) -> tuple[Unit, ...]:
+    """The model and what ``wrap`` names: a class, an FQN, or several FQNs joined by ``+``.
+
+    By default all but the model are gathered again for the backward; what ends in ``:whole`` is
+    not, whatever ``fully_shard`` is told for the others.
+    """
+    modules = dict(model.named_modules())
+    units = [Unit(("",), reshards is True)]
+    for entry in wrap:
+        names = entry.removesuffix(":whole")
+        again = reshards is not False and names == entry
+        found = [n for n, m in modules.items() if n and type(m).__name__ == names]
+        if found:
+            outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+            units += [Unit((name,), again) for name in outer]
+        elif all(n and n in modules for n in names.split("+")):
+            units.append(Unit(tuple(names.split("+")), again))
+        else:
+            raise ShardingError(
+                f"{type(model).__name__} has no module of the class {entry!r}, nor of that name"
+            )
+    times = Counter(module for unit in units for module in unit.modules)
+    if twice := [module for module, count in times.items() if count > 1]:
+        raise ShardingError(f"wrap names {twice[0]} twice; fully_shard() takes a module once")
+    if len(units) == 1:
         raise ShardingError(
             f"{type(model).__name__} does not say which of its modules are layers "
             "(_no_split_modules); name their classes, such as wrap=['LlamaDecoderLayer']"
         )
-    return tuple(wrap)
+    return tuple(units)
 
 
 def _with_buckets(step: StepGraph, model: nn.Module) -> StepGraph:

@@ -18,7 +18,7 @@ from memfit.integrations import apply
 from memfit.integrations.forwards import ApplyError
 from memfit.planner import Batch, InfeasibleBudget, plan
 from memfit.planner.errors import ShardingError, SolverError
-from memfit.planner.fsdp2 import find_groups
+from memfit.planner.fsdp2 import Unit, find_groups
 from memfit.planner.preparing import prepare
 from memfit.planner.report import format_plan
 from memfit.planner.step_graph import Kind
@@ -44,8 +44,7 @@ def test_two_processes_keep_to_their_plan(case: str) -> None:
         [sys.executable, *TORCHRUN, str(ROOT / "tests" / "process_step.py"), *case.split()],
         capture_output=True,
         text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": PATH},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": PATH},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -76,8 +75,9 @@ def test_a_process_holds_its_shard(make: Callable[..., Any]) -> None:
 
 def test_groups_are_the_layers_and_what_is_left(make: Callable[..., Any]) -> None:
     model, _ = make("llama", layers=2)
-    groups = find_groups(model, ("model.layers.0", "model.layers.1"), 3)
-    assert [g.module for g in groups] == ["", "model.layers.0", "model.layers.1"]
+    layers = [Unit((f"model.layers.{i}",), True) for i in range(2)]
+    groups = find_groups(model, (Unit(("",), False), *layers), 3)
+    assert [g.name for g in groups] == ["", "model.layers.0", "model.layers.1"]
     assert [*groups[1].sizes_bytes.values()] == [*groups[2].sizes_bytes.values()]
     for group in groups:
         assert all(size % 3 == 0 for size in group.sizes_bytes.values())
@@ -142,6 +142,9 @@ def test_a_parameter_without_dimensions_is_named() -> None:
         ({"sharding": "ddp", "world_size": 2, "wrap": ["Linear"]}, "sharding='fsdp2'"),
         ({"sharding": "fsdp2", "world_size": 2}, "name their classes"),
         ({"sharding": "fsdp2", "world_size": 2, "wrap": ["Layer"]}, "no module of the class"),
+        ({"sharding": "fsdp2", "world_size": 2, "wrap": ["inner+outer"]}, "nor of that name"),
+        ({"sharding": "fsdp2", "world_size": 2, "wrap": ["inner:wide"]}, "'inner:wide', nor"),
+        ({"sharding": "fsdp2", "world_size": 2, "wrap": ["inner", "Linear"]}, "names inner twice"),
     ],
 )
 def test_what_cannot_be_spread_is_refused(options: dict[str, Any], words: str) -> None:

@@ -179,9 +179,12 @@ def test_training_is_resumed_under_a_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("activation_checkpointing", "activation_checkpointing=True in TrainingArguments"),
+        (
+            "activation_checkpointing",
+            "activation_checkpointing=True in TrainingArguments checkpoints every layer",
+        ),
         ("torch_compile", "torch_compile=True compiles the model before"),
-        ("fsdp", "FSDP shards the model before"),
+        ("deepspeed", "train with DDP, with FSDP2"),
     ],
 )
 def test_what_a_plan_cannot_run_beside_is_refused_before_it_trains(
@@ -189,9 +192,49 @@ def test_what_a_plan_cannot_run_beside_is_refused_before_it_trains(
 ) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     setattr(args, option, True)
-    state, control = TrainerState(), TrainerControl()
+    assert_refused(args, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "message"),
+    [
+        ({"version": 1}, 1, "use FSDP2: fsdp_config={'version': 2}"),
+        ({"activation_checkpointing": True}, 1, "fsdp_config's activation_checkpointing checkp"),
+        ({"cpu_offload": True}, 1, "parameters on the CPU"),
+        ({}, 2, "keeps whole gradients .*'sync_each_batch': True"),
+    ],
+)
+def test_what_is_not_planned_of_fsdp_is_refused(
+    tmp_path: Path, settings: dict[str, Any], steps: int, message: str
+) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, gradient_accumulation_steps=steps)
+    args.fsdp, args.fsdp_config = "full_shard", settings
+    assert_refused(args, message)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "accelerate launch --fsdp_version 2"),
+        ({"VERSION": "2", "ACTIVATION_CHECKPOINTING": "true"}, "--fsdp_activation_checkpointing"),
+        ({"VERSION": "2", "OFFLOAD_PARAMS": "true"}, "parameters on the CPU"),
+    ],
+)
+def test_what_accelerate_launch_says_of_fsdp_counts(
+    tmp_path: Path, variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    assert_refused(args, message)
+
+
+def assert_refused(args: TrainingArguments, message: str) -> None:
     with pytest.raises(ApplyError, match=message):
-        MemfitCallback("1GiB").on_init_end(args, state, control)
+        MemfitCallback("1GiB").on_init_end(
+            args, TrainerState(), TrainerControl(), model=classifier()
+        )
 
 
 def test_a_trainer_with_its_own_checkpointing_cannot_be_made(tmp_path: Path) -> None:

@@ -190,7 +190,11 @@ def add_workload(parser: Parser) -> None:
     )
     group.add_argument("--world-size", type=int, default=1, metavar="N", help="processes (1)")
     group.add_argument(
-        "--wrap", action="append", metavar="CLASS", help="class of the layers that FSDP2 shards"
+        "--wrap",
+        action="append",
+        metavar="CLASS",
+        help="class of the layers that FSDP2 shards, or the name of a module: 'model.norm', "
+        "'model.norm+lm_head' for two together, 'model.norm:whole' for what is not resharded",
     )
     group.add_argument(
         "--reshard-after-forward",
