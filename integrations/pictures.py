@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = (".png", ".svg")
+PAGES = (".html", ".htm")
 _DOTS_PER_INCH = 150
 
 
@@ -20,10 +21,14 @@ class PictureError(MemfitError, ValueError):
     """A picture that cannot be drawn."""
 
 
+def check_picture(path: Path) -> None:
+    """Refuses a file name that does not say what is to be drawn."""
+    if path.suffix.lower() not in (*FIGURES, *PAGES):
+        raise PictureError(f"cannot draw {path}: name a file that ends in .html, .png or .svg")
+
+
 def check_figure(path: Path, way_out: str) -> None:
-    """Refuses a file that is no figure, or any where matplotlib is missing."""
-    if path.suffix.lower() not in FIGURES:
-        raise PictureError(f"cannot draw {path}: name a file that ends in {' or '.join(FIGURES)}")
+    """Refuses a figure where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:

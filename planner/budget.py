@@ -55,6 +55,11 @@ def format_bytes(count: int) -> str:
     return f"{digits} {_BINARY_UNITS[power]}"
 
 
+def exact_bytes(count: int) -> str:
+    """The same with the number itself: ``1.23 GiB (1320702444 bytes)``."""
+    return f"{format_bytes(count)} ({count} bytes)"
+
+
 def _parse_text(text: str) -> int:
     match = _AMOUNT_AND_UNIT.fullmatch(text)
     if match is None:

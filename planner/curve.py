@@ -3,7 +3,7 @@
 One preparation, many solves. Depends on the preparation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memfit.planner.preparing import Prepared, Progress, no_cycles
@@ -35,7 +35,7 @@ def find_curve(
     """Plans for budgets from the smallest that has one to what the unplanned step needs.
 
     The budgets are evenly spread; with a larger one the plan is never slower, with a smaller one
-    its peak never higher. After them come the baselines. ``points`` is 2 at least.
+    its peak never higher. After them come the baselines that differ. ``points`` is 2 at least.
     """
     if points < 2:
         raise ValueError(f"points is {points}; a curve has 2 at least")
@@ -43,8 +43,8 @@ def find_curve(
     # Of two plans as fast as each other, the one for the smaller budget has the lower peak.
     limits = replace(prepared.task.limits, lowest_peak=False)
     task = replace(prepared.task, limits=limits)
-    by_hand = [task.baseline(name) for name in BY_HAND]
-    most = by_hand[BY_HAND.index("none")].needs_bytes
+    by_hand = _distinct({name: task.baseline(name) for name in BY_HAND})
+    most = by_hand["none"].needs_bytes
     say("solving for the smallest budget")
     least = min(task.smallest_budget(), most)
     budgets = [least + (most - least) * number // (points - 1) for number in range(points)]
@@ -53,8 +53,14 @@ def find_curve(
         say(f"solving for point {number} of {points}")
         outcomes.append(task.within(budget).solve("auto"))
     plans = (_point(PLAN, budget, _best(outcomes, budget)) for budget in budgets)
-    baselines = map(_point, BY_HAND, (outcome.needs_bytes for outcome in by_hand), by_hand)
+    baselines = (_point(name, made.needs_bytes, made) for name, made in by_hand.items())
     return (*plans, *baselines)
+
+
+def _distinct(by_hand: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Without those that choose what one further on chooses."""
+    last = {outcome.solution.choices: name for name, outcome in by_hand.items()}
+    return {n: outcome for n, outcome in by_hand.items() if last[outcome.solution.choices] == n}
 
 
 def _best(outcomes: Sequence[Outcome], budget_bytes: int) -> Outcome:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from memfit.planner.budget import exact_bytes
 from memfit.planner.errors import InfeasibleBudget
 from memfit.planner.preparing import Prepared
 from memfit.planner.solving import Task
@@ -53,8 +54,9 @@ def find_fits(
     least = needs(1, PLANNED)
     if least > budget_bytes:
         raise InfeasibleBudget(
-            f"not even the smallest step fits {budget_bytes} bytes: it needs {least} bytes with a "
-            "plan. Raise the budget, shard the model, or train fewer parameters.",
+            f"not even the smallest step fits {exact_bytes(budget_bytes)}: it needs "
+            f"{exact_bytes(least)} with a plan. Raise the budget, shard the model, or train fewer "
+            "parameters.",
             least,
         )
     found = []

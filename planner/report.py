@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from memfit.planner.budget import format_bytes
+from memfit.planner.budget import exact_bytes, format_bytes
 from memfit.planner.document import Plan, RegionPlan, TensorSpec, Workload
 
 WIDTH = 80
@@ -70,7 +70,7 @@ def _facts(plan: Plan) -> str:
         "optimizer": plan.workload.optimizer or "none: forward and backward only",
         "device": f"{plan.workload.device}, times: {plan.workload.costs}",
         "processes": _processes(plan.workload),
-        "budget": f"{format_bytes(plan.budget_bytes)} ({plan.budget_bytes} bytes)",
+        "budget": exact_bytes(plan.budget_bytes),
         "peak": _peak(plan),
         "alive there": _listed(
             f"{kind} {format_bytes(size)}" for kind, size in plan.predicted.alive_at_peak.items()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from memfit.planner.actions import find_options
-from memfit.planner.budget import format_bytes
+from memfit.planner.budget import exact_bytes, format_bytes
 from memfit.planner.errors import InfeasibleBudget, SolverError
 from memfit.planner.options import RegionOption, SegmentOption, build_problem
 from memfit.planner.regions import Region, find_regions
@@ -260,9 +260,9 @@ class Task:
                 "fewer parameters."
             )
         if solver in (AUTO, *NESTED) and solver not in BASELINES:
-            what = f"no plan keeps this step within {format_bytes(budget)} ({budget} bytes); the "
+            what = f"no plan keeps this step within {exact_bytes(budget)}; the "
             what += f"smallest budget that has a plan is {smallest}"
         else:
-            what = f"{solver!r} needs {smallest}, more than {format_bytes(budget)} ({budget} bytes)"
+            what = f"{solver!r} needs {smallest}, more than {exact_bytes(budget)}"
             way_out = "Raise the budget, or plan with the solver 'auto'."
         return InfeasibleBudget(f"{what}. {way_out}", minimum_bytes)

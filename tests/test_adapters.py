@@ -90,6 +90,9 @@ def test_every_command_that_builds_a_model_takes_it(
     assert Plan.load(file).model.trainable_parameters == 2 * 2 * 64 * 2
     assert cli.main(["check", str(file), llama, "--lora", "r=2,targets=o_proj"]) == 0
     assert cli.main(["check", str(file), llama, "--lora", "r=4,targets=o_proj"]) == 2
+    capsys.readouterr()
+    assert cli.main(["check", str(file), llama]) == 2
+    assert "512 parameters are trained); pass --lora as when it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["16", "r=0", "r=-1", "r=2,", "r=2,targets=", "r=2,alpha=3"])

@@ -13,6 +13,7 @@ import transformers
 from memfit.integrations import cli
 from memfit.planner import InfeasibleBudget, Plan, plan
 from memfit.planner.batches import Batch, make_batch, remake_batch
+from memfit.planner.budget import exact_bytes
 from memfit.planner.document import RegionPlan, TensorSpec
 from memfit.planner.errors import PlanError
 from memfit.planner.preparing import Prepared, prepare
@@ -233,7 +234,9 @@ def test_a_lower_limit_is_not_kept(files: tuple[str, str], capsys: Output) -> No
     assert verdict["schema"] == "memfit.check/1"
     assert not verdict["holds"]
     assert verdict["peak_bytes"] == verdict["planned_peak_bytes"] == peak
-    assert verdict["reasons"] == [f"the peak of {peak} bytes is above --max-peak, {peak - 1} bytes"]
+    assert verdict["reasons"] == [
+        f"the peak of {exact_bytes(peak)} is above --max-peak, {exact_bytes(peak - 1)}"
+    ]
 
 
 def test_a_budget_that_is_not_kept_now_is_told(
@@ -248,7 +251,7 @@ def test_a_budget_that_is_not_kept_now_is_told(
     out = capsys.readouterr().out
     assert ", now 1.00 KiB (" in out and " %) more\n" in out
     assert "the plan does not hold:" in out
-    assert f"the peak of {peak} bytes is above the plan's budget" in " ".join(out.split())
+    assert f"the peak of {exact_bytes(peak)} is above the plan's budget" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

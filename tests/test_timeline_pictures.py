@@ -1,9 +1,6 @@
 """Pictures of a timeline show what the plan says, in a browser too, and lose no peak."""
 
-import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,10 +23,7 @@ from memfit.planner import Batch, Plan, plan, timeline
 from memfit.planner.budget import format_bytes
 from memfit.planner.errors import PlanError
 from memfit.planner.timeline import KINDS, encode_column
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
-in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-PHONE = 360
+from tests.browser import PHONE, browse, in_a_browser, probe
 
 Output = pytest.CaptureFixture[str]
 
@@ -152,75 +146,45 @@ def test_names_cannot_end_their_element(made: Plan) -> None:
     assert text.count("</script>") == 2
 
 
-# Runs in a page around the one that is tested, which has the width of a phone; what it finds out
-# is all that is left in the end.
 _PROBE = """
-const frame = document.querySelector("iframe");
-frame.addEventListener("load", function () {
-  const inner = frame.contentDocument, view = frame.contentWindow;
-  const text = function (id) { return inner.getElementById(id).textContent.trim(); };
-  const legend = function () {
-    return [...inner.querySelectorAll("#legend li")].map(function (item) {
-      return [item.firstChild.nextSibling.textContent, item.lastChild.textContent];
-    });
-  };
-  const shown = function () { return [text("total"), text("where"), legend()]; };
-  const slider = inner.getElementById("slider"), plot = inner.getElementById("plot");
-  const box = plot.getBoundingClientRect();
-  const found = { first: shown(), moments: [], pointed: [] };
-  for (const column of JSON.parse(document.body.dataset.columns)) {
-    slider.value = column;
-    slider.dispatchEvent(new view.Event("input"));
-    found.moments.push(shown());
-  }
-  for (const share of [0.001, 0.5, 0.999]) {
-    const at = { clientX: box.left + share * box.width, clientY: box.top + 9, bubbles: true };
-    plot.dispatchEvent(new view.PointerEvent("pointermove", at));
-    found.pointed.push(Number(slider.value));
-  }
-  inner.getElementById("back").click();
-  found.back = shown();
-  found.height = box.height;
-  found.paths = [...inner.querySelectorAll("svg path")].map(function (path) {
-    return [path.querySelector("title").textContent, path.getBBox().width, path.getBBox().height];
+const text = function (id) { return inner.getElementById(id).textContent.trim(); };
+const legend = function () {
+  return [...inner.querySelectorAll("#legend li")].map(function (item) {
+    return [item.firstChild.nextSibling.textContent, item.lastChild.textContent];
   });
-  found.title = inner.querySelector("svg > title").textContent;
-  found.width = inner.documentElement.scrollWidth;
-  found.tensors = [...inner.querySelectorAll("tbody tr td.name")].map(function (cell) {
-    return cell.textContent;
-  });
-  found.errors = view.errors;
-  document.body.textContent = JSON.stringify(found);
+};
+const shown = function () { return [text("total"), text("where"), legend()]; };
+const slider = inner.getElementById("slider"), plot = inner.getElementById("plot");
+const box = plot.getBoundingClientRect();
+Object.assign(found, { first: shown(), moments: [], pointed: [] });
+for (const column of JSON.parse(document.body.dataset.given)) {
+  slider.value = column;
+  slider.dispatchEvent(new view.Event("input"));
+  found.moments.push(shown());
+}
+for (const share of [0.001, 0.5, 0.999]) {
+  const at = { clientX: box.left + share * box.width, clientY: box.top + 9, bubbles: true };
+  plot.dispatchEvent(new view.PointerEvent("pointermove", at));
+  found.pointed.push(Number(slider.value));
+}
+inner.getElementById("back").click();
+found.back = shown();
+found.height = box.height;
+found.paths = [...inner.querySelectorAll("svg path")].map(function (path) {
+  return [path.querySelector("title").textContent, path.getBBox().width, path.getBBox().height];
+});
+found.title = inner.querySelector("svg > title").textContent;
+found.tensors = [...inner.querySelectorAll("tbody tr td.name")].map(function (cell) {
+  return cell.textContent;
 });
 """
-_TELLS_ERRORS = """<script>
-window.errors = [];
-window.onerror = function (message) { window.errors.push(message); };
-</script>"""
-
-
-def browse(*words: str) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += ["--virtual-time-budget=4000", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 @in_a_browser
 def test_the_page_in_a_browser(made: Plan, page: str, tmp_path: Path) -> None:
     drawn = make_chart(made)
     columns = [0, drawn.peak, *range(7, len(drawn.columns), 97), len(drawn.columns) - 1]
-    inner = page.replace("<head>", f"<head>{_TELLS_ERRORS}")
-    path = tmp_path / "around.html"
-    path.write_text(
-        f'<!doctype html><meta charset="utf-8"><body data-columns="{columns}">'
-        f'<iframe width="{PHONE}" height="640" srcdoc="{escape(inner)}"></iframe>'
-        f"<script>{_PROBE}</script>",
-        encoding="utf-8",
-    )
-    dumped = browse("--dump-dom", path.as_uri())
-    body = re.search(r"<body[^>]*>(\{.*\})</body>", dumped, re.DOTALL)
-    assert body, dumped[-2000:]
-    found = json.loads(body[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    found = probe(page, _PROBE, tmp_path, columns)
 
     def expected(column: int) -> list[Any]:
         place = f"{drawn.moments[column]}, {drawn.ops[column]}"

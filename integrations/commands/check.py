@@ -11,6 +11,7 @@ from memfit.integrations.commands.arguments import (
     DONE,
     INFEASIBLE,
     Commands,
+    UsageError,
     add_class,
     add_debug,
     add_json,
@@ -21,7 +22,7 @@ from memfit.integrations.commands.arguments import (
 )
 from memfit.integrations.progress import Progress, hushed
 from memfit.integrations.terminal import red
-from memfit.planner.budget import format_bytes, parse_budget
+from memfit.planner.budget import exact_bytes, format_bytes, parse_budget
 from memfit.planner.document import Plan
 from memfit.planner.report import percent, wrapped
 from memfit.solvers.records import encode
@@ -77,6 +78,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _recheck(options: argparse.Namespace, plan: Plan, progress: Progress) -> "Recheck":
+    if plan.model.class_.startswith("Peft") and options.lora is None:
+        raise UsageError(
+            f"{options.plan} is a plan of a model with adapters ({plan.model.class_}, "
+            f"{plan.model.trainable_parameters:,} parameters are trained); pass --lora as when it "
+            "was planned"
+        )
     progress.begin(f"building {options.model}")
     from memfit.planner.rechecking import prepare_again, recheck
 
@@ -89,13 +96,14 @@ def _recheck(options: argparse.Namespace, plan: Plan, progress: Progress) -> "Re
 def _reasons(found: "Recheck", limit: int | None) -> list[str]:
     """Why the plan does not hold."""
     reasons = []
-    peak = f"the peak of {found.peak_bytes} bytes"
+    peak = f"the peak of {exact_bytes(found.peak_bytes)}"
     if not found.keeps_budget:
         free = found.margin_bytes
-        margin = f", of which a plan leaves {free} bytes free" if free else ""
-        reasons.append(f"{peak} is above the plan's budget of {found.budget_bytes} bytes{margin}")
+        margin = f", of which a plan leaves {format_bytes(free)} free" if free else ""
+        budget = exact_bytes(found.budget_bytes)
+        reasons.append(f"{peak} is above the plan's budget of {budget}{margin}")
     if limit is not None and found.peak_bytes > limit:
-        reasons.append(f"{peak} is above --max-peak, {limit} bytes")
+        reasons.append(f"{peak} is above --max-peak, {exact_bytes(limit)}")
     return reasons
 
 

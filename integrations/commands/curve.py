@@ -1,7 +1,6 @@
 """``memfit curve``: the whole trade-off of memory and time, as a table, CSV, JSON or a figure.
 
-Depends on the planner; torch and transformers are imported when the model is built, matplotlib, an
-optional extra, when a figure is drawn.
+Depends on the planner; torch and transformers are imported when the model is built.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from memfit.integrations.commands.arguments import (
     whole_number,
     write_json,
 )
-from memfit.integrations.pictures import check_figure, save_figure
+from memfit.integrations.curve import check_plot, draw_curve
 from memfit.integrations.progress import Progress, hushed
 from memfit.planner.budget import format_bytes
 from memfit.planner.report import columns, format_seconds, percent
@@ -69,7 +68,7 @@ def add(commands: Commands) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw them into a .png or .svg (pip install 'memfit[plot]')",
+        help="draw them into an .html page, or a .png or .svg (pip install 'memfit[plot]')",
     )
     add_json(parser, "the points")
     add_debug(parser)
@@ -81,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         if path is not None:
             check_writable(path)
     if options.plot is not None:
-        check_figure(options.plot, "use --csv")
+        check_plot(options.plot)
     with Progress(quiet=False) as progress, hushed(options.debug):
         progress.begin(f"building {options.model}")
         from memfit.planner.curve import find_curve
@@ -95,9 +94,7 @@ def run(options: argparse.Namespace) -> None:
     if options.csv is not None:
         write(options.csv, _csv(points))
     if options.plot is not None:
-        from memfit.integrations.curve_figure import make_figure
-
-        save_figure(lambda: make_figure(points, prepared.model.class_), options.plot)
+        draw_curve(points, prepared.model.class_, options.plot)
     if options.json:
         write_json(SCHEMA, {"points": [encode(point) for point in points]})
     else:

@@ -18,7 +18,8 @@ from memfit.integrations.commands.arguments import (
     whole_number,
     write_table,
 )
-from memfit.integrations.timeline import check_picture, draw_timeline
+from memfit.integrations.pictures import check_picture
+from memfit.integrations.timeline import draw_timeline
 from memfit.planner.document import Plan
 from memfit.planner.peak_report import format_peak
 

@@ -5,19 +5,11 @@ Depends on the plan document; matplotlib, an optional extra, is imported when a 
 
 from pathlib import Path
 
-from memfit.integrations.pictures import FIGURES, PictureError, check_figure, save_figure
+from memfit.integrations.pictures import PAGES, check_figure, check_picture, save_figure
 from memfit.integrations.timeline.chart import make_chart
 from memfit.integrations.timeline.page import make_page
 from memfit.planner.document import Plan
 from memfit.solvers.records import write
-
-PAGES = (".html", ".htm")
-
-
-def check_picture(path: Path) -> None:
-    """Refuses a file name that does not say what is to be drawn."""
-    if path.suffix.lower() not in (*FIGURES, *PAGES):
-        raise PictureError(f"cannot draw {path}: name a file that ends in .html, .png or .svg")
 
 
 def draw_timeline(plan: Plan, path: Path) -> None:
