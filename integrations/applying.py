@@ -20,6 +20,7 @@ from memfit.integrations.forwards import CheckpointedForward, PlannedForward, Tu
 from memfit.integrations.links import Relay
 from memfit.integrations.probes import Verdict
 from memfit.integrations.selective import SelectiveForward
+from memfit.integrations.sharded import is_sharded, refuse_other_sharding
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import (
     PLANNED_MARKER,
@@ -28,7 +29,7 @@ from memfit.planner.checkpointing import (
     is_planned,
 )
 from memfit.planner.document import ACTIONS, Plan, RegionPlan
-from memfit.planner.fingerprint import differences, fingerprint, unsharded_class
+from memfit.planner.fingerprint import differences, fingerprint
 
 # What the regions of a plan share.
 _Common = tuple[Relay, Verdict]
@@ -170,7 +171,8 @@ class _Guard:
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         setattr(self, PLANNED_MARKER, True)
-        self._together = plan.workload.sharding != "fsdp2" and any(
+        self._sharding = plan.workload if plan.workload.sharding == "fsdp2" else None
+        self._together = self._sharding is None and any(
             region.recompute_input for region in plan.regions
         )
         times = Counter(region.name for region in plan.regions)
@@ -187,7 +189,10 @@ class _Guard:
                 "plan; call model.activation_checkpointing_disable() to train by the plan, or "
                 "remove() the plan to train with checkpointing"
             )
-        if self._together and unsharded_class(model) is not type(model):
+        if self._sharding and is_sharded(model):
+            refuse_other_sharding(self._sharding, model)
+            self._sharding = None
+        if self._together and is_sharded(model):
             raise ApplyError(
                 f"the plan recomputes modules of {type(model).__name__} together, of which FSDP2 "
                 "gathers the weights one by one; make it with plan(..., sharding='fsdp2')"

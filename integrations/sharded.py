@@ -7,16 +7,18 @@ Depends on torch's FSDP2 (its private state: nothing public tells groups) and th
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from memfit.integrations.forwards import ApplyError
+from memfit.planner.document import Workload
 from memfit.planner.fingerprint import unsharded_class
+from memfit.planner.mixed_precision import dtype_name
 
-_LEAVE_OUT = "; leave it out, or train without MemfitCallback"
+_LEAVE = ", which is not planned; leave it out, or train without a plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,12 @@ class Sharded:
     world_size: int
     wrap: tuple[str, ...]
     reshard_after_forward: bool | None
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``plan``."""
-        return {
-            "sharding": "fsdp2",
-            "world_size": self.world_size,
-            "wrap": self.wrap,
-            "reshard_after_forward": self.reshard_after_forward,
-        }
+        return {"sharding": "fsdp2"} | asdict(self)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -57,10 +56,34 @@ def read_sharded(model: nn.Module) -> Sharded:
     # Until the first forward the model's own group does not know that it will stay whole.
     root = model._get_fsdp_state()  # type: ignore[operator]
     own_is_whole = wholes.pop(("",), True) or root._auto_reshard_after_forward
-    sizes = {int(group.mesh_info.shard_mesh_size) for group in groups.values()}
-    if len(sizes) != 1:
-        raise ApplyError(f"the model is sharded over meshes of several sizes, {sorted(sizes)}")
-    return Sharded(sizes.pop(), _wrap(model, wholes), None if own_is_whole else True)
+    found = {
+        (group.mesh_info.shard_mesh_size, group.mp_policy.param_dtype, group.mp_policy.reduce_dtype)
+        for group in groups.values()
+    }
+    if len(found) != 1:
+        raise ApplyError(
+            f"parts of the model are sharded over different meshes or in different dtypes{_LEAVE}"
+        )
+    ((world_size, param_dtype, reduce_dtype),) = found
+    reshards = None if own_is_whole else True
+    return Sharded(world_size, _wrap(model, wholes), reshards, param_dtype, reduce_dtype)
+
+
+def refuse_other_sharding(workload: Workload, model: nn.Module) -> None:
+    """Raises :class:`ApplyError` for a model that is sharded otherwise than it was planned."""
+    found = read_sharded(model)
+    planned = workload.world_size, workload.param_dtype, workload.reduce_dtype
+    for what, expected, own in zip(
+        ("world_size", "param_dtype", "reduce_dtype"),
+        planned,
+        (found.world_size, dtype_name(found.param_dtype), dtype_name(found.reduce_dtype)),
+        strict=True,
+    ):
+        if expected != own:
+            raise ApplyError(
+                f"the plan was made for {what}={expected!r}, and {unsharded_class(model).__name__} "
+                f"is sharded with {own!r}; make it with plan(..., {what}={own!r})"
+            )
 
 
 def _states(model: nn.Module) -> dict[Any, list[str]]:
@@ -73,15 +96,18 @@ def _states(model: nn.Module) -> dict[Any, list[str]]:
 def _refuse_what_is_not_planned(group: Any) -> None:
     name = group.modules[0].__class__.__name__.removeprefix("FSDP")
     if group.offload_policy.__class__.__name__ != "OffloadPolicy":
-        raise ApplyError(f"the parameters of {name} are offloaded to the CPU{_LEAVE_OUT}")
+        raise ApplyError(f"the parameters of {name} are offloaded to the CPU{_LEAVE}")
     if hasattr(group.mesh_info, "replicate_mesh_size"):
         raise ApplyError(
             f"{name} is sharded and replicated (HSDP), which is not planned; use fully "
-            "sharded processes, or train without MemfitCallback"
+            "sharded processes, or train without a plan"
         )
-    policy = group.mp_policy
-    if policy.param_dtype or policy.reduce_dtype or policy.output_dtype:
-        raise ApplyError(f"FSDP2 casts the parameters of {name} (mixed precision){_LEAVE_OUT}")
+    if group.mp_policy.output_dtype or not group.mp_policy.cast_forward_inputs:
+        raise ApplyError(
+            f"FSDP2 casts what {name} returns, or not what it is given, as accelerate's bf16 and "
+            "fp16 have it, which is not planned; load the model in bfloat16 and train it as it "
+            "is, or pass a mixed_precision_policy with param_dtype and reduce_dtype alone"
+        )
 
 
 def _wrap(model: nn.Module, wholes: dict[tuple[str, ...], bool]) -> tuple[str, ...]:

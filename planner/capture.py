@@ -35,6 +35,7 @@ from memfit.planner.checkpointing import SWITCH_OFF, checkpointed_module, is_pla
 from memfit.planner.errors import CaptureError, first_line
 from memfit.planner.expansion import expand
 from memfit.planner.losses import loss_of
+from memfit.planner.mixed_precision import Casts
 from memfit.planner.optimizers import OptimizerFactory
 from memfit.planner.recorder import Recorder
 from memfit.planner.repeats import NotRepeatable, Repeats
@@ -57,6 +58,7 @@ def capture(
     autocast: torch.dtype | None = None,
     modes: Callable[[], Sequence[Any]] = tuple,
     shards: int = 1,
+    casts: Casts | None = None,
     repeats: bool = True,
 ) -> StepGraph:
     """Records one training step of ``model`` on ``batch`` (a dict or a tuple of arguments).
@@ -66,15 +68,16 @@ def capture(
     ``keep_gradients`` those of earlier steps are there and are added to; the forward runs under
     ``torch.autocast`` with the dtype ``autocast``; ``modes`` makes contexts to enter around the
     step (kernels of another device): of what dispatch modes do, the result is recorded; ``shards``
-    is how many processes share the parameters, of which the optimizer updates one; ``repeats``
-    records layers that are alike once, which gives the same graph sooner.
+    is how many processes share the parameters, of which the optimizer updates one; ``casts`` are
+    those of FSDP2's mixed precision; ``repeats`` records layers that are alike once, which gives
+    the same graph sooner.
 
     Raises :class:`CaptureError` when the model refuses the batch or reads values that a run on fake
     tensors cannot know.
     """
     _refuse_checkpointing(model)
     step = partial(
-        _Step, model, batch, optimizer, keep_outputs, keep_gradients, autocast, modes, shards
+        _Step, model, batch, optimizer, keep_outputs, keep_gradients, autocast, modes, shards, casts
     )
     if repeats:
         with suppress(NotRepeatable):
@@ -94,6 +97,7 @@ class _Step:
     autocast: torch.dtype | None
     modes: Callable[[], Sequence[Any]]
     shards: int
+    casts: Casts | None
     repeats: bool
     small_caches: set[Callable[..., Any]] = field(default_factory=set)
     """Functions whose caches hold less than a step asks for, as far as is known."""
@@ -113,7 +117,7 @@ class _Step:
                 modules_stay_where_they_are(),
                 function_caches_apart(model, recorder.shadows.adopt, self.small_caches),
             ):
-                twin = _fake_twin(model, mode, recorder)
+                twin = _fake_twin(model, mode, recorder, self.casts)
                 arguments = _fake_batch(self.batch, mode, recorder)
                 _follow_calls(twin, recorder)
                 repeats = Repeats(recorder)
@@ -157,7 +161,8 @@ class _Step:
             stack.enter_context(mode)
             updated = dict(twin.named_parameters(remove_duplicate=False))
             if self.shards > 1:
-                updated = _first_shards(updated, self.shards, recorder)
+                dtypes = {p: self.model.get_parameter(name).dtype for name, p in updated.items()}
+                updated = _first_shards(updated, dtypes, self.shards, recorder)
             update = self.optimizer.ready(updated, recorder) if self.optimizer else None
             if update and self.shards > 1:
                 _give_gradients(updated, recorder, Kind.GRADIENT)
@@ -193,7 +198,10 @@ def _give_gradients(parameters: Mapping[str, torch.Tensor], recorder: Recorder, 
 
 
 def _first_shards(
-    named: Mapping[str, nn.Parameter], shards: int, recorder: Recorder
+    named: Mapping[str, nn.Parameter],
+    dtypes: Mapping[nn.Parameter, torch.dtype],
+    shards: int,
+    recorder: Recorder,
 ) -> dict[str, nn.Parameter]:
     """What the first of several processes holds of each parameter: no other one holds more."""
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -201,13 +209,16 @@ def _first_shards(
         for name, whole in named.items():
             if whole not in made:
                 rows = -(-whole.shape[0] // shards)
-                shard = whole.detach().new_empty((rows, *whole.shape[1:]))
+                shape = rows, *whole.shape[1:]
+                shard = whole.detach().new_empty(shape, dtype=dtypes[whole])
                 made[whole] = nn.Parameter(shard, requires_grad=whole.requires_grad)
                 recorder.add_resident(made[whole], Kind.PARAMETER, name)
     return {name: made[whole] for name, whole in named.items()}
 
 
-def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn.Module:
+def _fake_twin(
+    model: nn.Module, mode: FakeTensorMode, recorder: Recorder, casts: Casts | None
+) -> nn.Module:
     """A deep copy of the module tree on fake tensors; tied tensors stay tied."""
     memo: dict[int, Any] = {}
     for name, tensor, kind in _tensors_of(model):
@@ -215,6 +226,7 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
             continue
         fake = _fake(tensor.detach(), mode)
         if isinstance(tensor, nn.Parameter):
+            fake = casts.cast(fake) if casts else fake
             make_parameter(fake, tensor.requires_grad)
         else:
             recorder.shadows.set(fake, tensor)
@@ -227,6 +239,8 @@ def _fake_twin(model: nn.Module, mode: FakeTensorMode, recorder: Recorder) -> nn
             f"{type(model).__name__} cannot be copied for planning: {error}; take what cannot be "
             "copied out of its attributes"
         ) from error
+    if casts:
+        casts.cast_inputs(twin)
     return twin if model.training else twin.train()
 
 

@@ -74,6 +74,10 @@ class Workload:
     """What FSDP2 shards: class names, or names of modules."""
     reshard_after_forward: bool | None = None
     """What FSDP2 is told."""
+    param_dtype: str | None = None
+    """In which FSDP2 gathers parameters, if not in their own."""
+    reduce_dtype: str | None = None
+    """In which it reduces gradients."""
 
 
 @dataclass(frozen=True, slots=True)

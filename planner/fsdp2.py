@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import torch
 from torch import nn
 
+from memfit.planner.mixed_precision import Precision
 from memfit.planner.step_graph import Kind, Op, Phase, Saved, StepGraph, Storage
 
 
@@ -33,16 +35,18 @@ def with_fsdp2(
     model: nn.Module,
     units: Sequence[Unit],
     world_size: int,
+    precision: Precision,
     *,
     keep_gradients: bool,
     stages: bool,
 ) -> StepGraph:
     """The step of one of ``world_size`` processes.
 
-    ``keep_gradients``: the shards of gradients are there from earlier steps. ``stages``:
-    collectives have buffers of their own, as those of gloo have.
+    ``precision`` is what ``step`` was captured with. ``keep_gradients``: the shards of gradients
+    are there from earlier steps. ``stages``: collectives have buffers of their own, as those of
+    gloo have.
     """
-    groups = find_groups(model, units, world_size)
+    groups = find_groups(model, units, world_size, precision)
     return _Layout(step, groups, world_size, keep_gradients, stages).result()
 
 
@@ -52,9 +56,15 @@ class Group:
 
     unit: Unit
     sizes_bytes: Mapping[str, int] = field(hash=False)
-    """Of each parameter by FQN, padded so that it can be cut into shards of one size."""
-    trainable_bytes: int
-    """Padded, of those that get a gradient."""
+    """Of each gathered parameter by FQN, padded so that it is as long as all its shards."""
+    shards_bytes: Mapping[str, int] = field(hash=False)
+    """Of the shards that one process holds."""
+    cast_bytes: int
+    """Of those of its shards that are cast before they are gathered, in their new dtype."""
+    reduced_bytes: int
+    """Of all gradients, padded, as they are reduced."""
+    gradient_shards_bytes: int
+    """Of the shards of gradients that one process holds."""
 
     @property
     def name(self) -> str:
@@ -67,7 +77,9 @@ class Group:
         return sum(self.sizes_bytes.values())
 
 
-def find_groups(model: nn.Module, units: Sequence[Unit], world_size: int) -> tuple[Group, ...]:
+def find_groups(
+    model: nn.Module, units: Sequence[Unit], world_size: int, precision: Precision
+) -> tuple[Group, ...]:
     """Of the units that hold parameters of their own, in the order of the model's modules."""
     by_module = {module: unit for unit in units for module in unit.modules}
     owned: dict[Unit, dict[str, nn.Parameter]] = {
@@ -78,18 +90,27 @@ def find_groups(model: nn.Module, units: Sequence[Unit], world_size: int) -> tup
         while owner not in by_module:
             owner = owner.rpartition(".")[0]
         owned[by_module[owner]][name] = parameter
-    return tuple(_group(unit, own, world_size) for unit, own in owned.items() if own)
+    return tuple(_group(unit, own, world_size, precision) for unit, own in owned.items() if own)
 
 
-def _group(unit: Unit, parameters: Mapping[str, nn.Parameter], world_size: int) -> Group:
-    padded = {name: _padded_bytes(p, world_size) for name, p in parameters.items()}
-    trainable = sum(size for name, size in padded.items() if parameters[name].requires_grad)
-    return Group(unit, MappingProxyType(padded), trainable)
+def _group(
+    unit: Unit, named: Mapping[str, nn.Parameter], world_size: int, precision: Precision
+) -> Group:
+    def bytes_of(parameter: nn.Parameter, dtype: torch.dtype) -> int:
+        rows = -(-parameter.shape[0] // world_size)
+        return rows * parameter[0].numel() * dtype.itemsize
 
-
-def _padded_bytes(parameter: nn.Parameter, world_size: int) -> int:
-    rows = -(-parameter.shape[0] // world_size) * world_size
-    return rows * parameter[0].numel() * parameter.element_size()
+    gathered = {n: bytes_of(p, precision.gathered(p.dtype)) for n, p in named.items()}
+    shards = {n: bytes_of(p, p.dtype) for n, p in named.items()}
+    trained = [p for p in named.values() if p.requires_grad]
+    return Group(
+        unit,
+        MappingProxyType({n: size * world_size for n, size in gathered.items()}),
+        MappingProxyType(shards),
+        sum(gathered[n] for n, p in named.items() if precision.gathered(p.dtype) != p.dtype),
+        sum(bytes_of(p, precision.reduced(p.dtype)) for p in trained) * world_size,
+        sum(bytes_of(p, p.dtype) for p in trained),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +245,8 @@ class _Layout:
     def _gather(self, span: _Span, clock: int, phase: Phase) -> _Held:
         """Gathers the shards of a group into one buffer, from which they are copied out."""
         size = span.group.all_bytes
-        gather = self._run("all_gather", clock, phase, span, size if self._stages else 0)
+        own = span.group.cast_bytes + (size if self._stages else 0)
+        gather = self._run("all_gather", clock, phase, span, own)
         return _Held(f"{span.group.name}.all_gather", size, gather)
 
     def _copy_out(self, span: _Span, clock: int, until: int, phase: Phase) -> _Collective:
@@ -284,14 +306,18 @@ class _Layout:
 
     def _reduce(self, span: _Span, before: _Held | None) -> _Held | None:
         """Reduces the gradients of a group from a buffer, held until the next group's is there."""
-        size, end = span.group.trainable_bytes, span.backward_stop
+        size, end = span.group.reduced_bytes, span.backward_stop
         if not size:
             return before
         copied = self._run("copy_in", end, Phase.BACKWARD, span)
         if before is not None:
             self._lay(before, Kind.COLLECTIVE, copied)
-        shards = size // self._world_size
-        own = (size if self._stages else 0) + (shards if self._keeps_gradients else 0)
+        shards, reduced = span.group.gradient_shards_bytes, size // self._world_size
+        staged = size if self._stages else 0
+        if reduced == shards:
+            own = staged + (shards if self._keeps_gradients else 0)
+        else:  # and then cast to the dtype of the shards
+            own = max(staged + reduced - (0 if self._keeps_gradients else shards), reduced)
         scatter = self._run("reduce_scatter", end, Phase.BACKWARD, span, own)
         if not self._keeps_gradients:
             held = _Held(f"{span.group.name}.gradient shards", shards, scatter)
@@ -317,10 +343,9 @@ class _Layout:
         """Shards of the parameters and, if they are kept, of their gradients."""
         end = moved.place(len(self._step.ops))
         for group in self._groups:
-            for name, size in group.sizes_bytes.items():
-                yield Storage(size // self._world_size, Kind.PARAMETER, -1, end, name=name)
-            if self._keeps_gradients and group.trainable_bytes:
-                size = group.trainable_bytes // self._world_size
+            for name, size in group.shards_bytes.items():
+                yield Storage(size, Kind.PARAMETER, -1, end, name=name)
+            if self._keeps_gradients and (size := group.gradient_shards_bytes):
                 name = f"{group.name}.gradient shards"
                 yield Storage(size, Kind.KEPT_GRADIENT, -1, end, name=name)
 

@@ -40,6 +40,8 @@ def plan(
     world_size: int = 1,
     wrap: Sequence[str] | None = None,
     reshard_after_forward: bool | None = None,
+    param_dtype: str | torch.dtype | None = None,
+    reduce_dtype: str | torch.dtype | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -93,6 +95,9 @@ def plan(
         of the model, and what ``fully_shard`` is told. ``wrap`` also takes the name of a module,
         or of several that are given to one ``fully_shard``: ``"model.norm+lm_head"``; what ends in
         ``:whole`` is not resharded after the forward.
+    param_dtype, reduce_dtype
+        FSDP2's own mixed precision, as its ``MixedPrecisionPolicy`` has it: ``"bfloat16"``,
+        ``"float16"`` or ``"float32"``.
     selective
         Offer the action ``selective``: keep some activations of a region and recompute the others
         op by op. Without it regions are kept or checkpointed whole.
@@ -131,6 +136,8 @@ def plan(
         world_size=world_size,
         wrap=wrap,
         reshard_after_forward=reshard_after_forward,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
         selective=selective,
         gap=gap,
         time_limit_seconds=time_limit_seconds,

@@ -19,6 +19,7 @@ from memfit.planner.capture import BatchArguments, capture
 from memfit.planner.costs import price
 from memfit.planner.fingerprint import fingerprint
 from memfit.planner.measuring import measured_seconds
+from memfit.planner.mixed_precision import dtype_name
 from memfit.planner.optimizers import optimizer_factory
 from memfit.planner.shadows import tensors_in
 from memfit.planner.sharding import read_sharding
@@ -71,6 +72,8 @@ def prepare(
     world_size: int = 1,
     wrap: Sequence[str] | None = None,
     reshard_after_forward: bool | None = None,
+    param_dtype: str | torch.dtype | None = None,
+    reduce_dtype: str | torch.dtype | None = None,
     selective: bool = True,
     gap: float = 0.0,
     time_limit_seconds: float = 20.0,
@@ -80,7 +83,9 @@ def prepare(
     check_types(model, batch, device)
     say = progress or (lambda _: None)
     target = find_target(model, device)
-    spread = read_sharding(sharding, world_size, wrap, reshard_after_forward, model)
+    spread = read_sharding(
+        sharding, world_size, wrap, reshard_after_forward, param_dtype, reduce_dtype, model
+    )
     arguments, batch_note = _arguments(model, batch)
     on_gpu = target.device.kind == "cuda"
     factory = optimizer_factory(optimizer, model, on_gpu=on_gpu, max_grad_norm=max_grad_norm)
@@ -95,6 +100,7 @@ def prepare(
         autocast=cast_to,
         modes=target.modes,
         shards=spread.shards,
+        casts=spread.casts,
     )
     step = target.with_workspace(step)
     step, costs = _priced(step, target, costs, say)
@@ -111,11 +117,13 @@ def prepare(
         keep_outputs=keep_outputs,
         keep_gradients=keep_gradients,
         max_grad_norm=max_grad_norm,
-        autocast=str(cast_to).removeprefix("torch.") if cast_to else None,
+        autocast=dtype_name(cast_to),
         sharding=spread.kind,
         world_size=spread.world_size,
         wrap=spread.wrap,
         reshard_after_forward=spread.reshard_after_forward,
+        param_dtype=dtype_name(spread.precision.param_dtype),
+        reduce_dtype=dtype_name(spread.precision.reduce_dtype),
         notes=tuple(filter(None, notes)),
     )
     task = Task.of(step, target, limits, selective, gathered=spread.gathered)
@@ -182,5 +190,5 @@ def _model(model: nn.Module) -> document.Model:
         fingerprint(model),
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in parameters if p.requires_grad),
-        str(dtype).removeprefix("torch.") if dtype else None,
+        dtype_name(dtype),
     )

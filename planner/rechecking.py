@@ -73,6 +73,8 @@ def prepare_again(plan: Plan, model: nn.Module, progress: Progress | None = None
         world_size=workload.world_size,
         wrap=workload.wrap or None,
         reshard_after_forward=workload.reshard_after_forward,
+        param_dtype=workload.param_dtype,
+        reduce_dtype=workload.reduce_dtype,
         selective=False,  # the options are the plan's
         progress=progress,
     )

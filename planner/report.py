@@ -101,6 +101,7 @@ def _processes(workload: Workload) -> str:
     if workload.sharding is None:
         return ""
     layers = f" of {', '.join(workload.wrap)}" if workload.wrap else ""
+    layers += f" in {workload.param_dtype}" if workload.param_dtype else ""
     return (
         f"{workload.world_size}, {workload.sharding}{layers}; all figures are of one, without the "
         "seconds of communication"

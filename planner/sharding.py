@@ -5,12 +5,14 @@ Depends on the step's records, on torch, and on ``fsdp2`` for what that lays ove
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from memfit.planner.errors import ShardingError
 from memfit.planner.fsdp2 import Unit, with_fsdp2
+from memfit.planner.mixed_precision import Casts, Precision, read_precision
 from memfit.planner.step_graph import Kind, StepGraph, Storage
 
 DDP, FSDP2 = "ddp", "fsdp2"
@@ -29,6 +31,15 @@ class Sharding:
     """That and the model itself."""
     reshard_after_forward: bool | None = None
     """As ``fully_shard`` is told."""
+    precision: Precision = field(default_factory=Precision)
+    """As ``fully_shard`` is told."""
+
+    @property
+    def casts(self) -> Casts | None:
+        """What a capture has to cast."""
+        dtype = self.precision.param_dtype
+        names = [module for unit in self.units for module in unit.modules]
+        return Casts(dtype, tuple(names)) if dtype else None
 
     @property
     def shards(self) -> int:
@@ -52,6 +63,7 @@ class Sharding:
                 model,
                 self.units,
                 self.world_size,
+                self.precision,
                 keep_gradients=keep_gradients,
                 stages=stages,
             )
@@ -63,6 +75,8 @@ def read_sharding(
     world_size: int,
     wrap: Sequence[str] | None,
     reshard_after_forward: bool | None,
+    param_dtype: Any,
+    reduce_dtype: Any,
     model: nn.Module,
 ) -> Sharding:
     """Reads the arguments of ``plan`` that say how the step is spread over processes."""
@@ -78,9 +92,11 @@ def read_sharding(
             f"{type(model).__name__} is sharded already; plan for the model as it is before "
             "fully_shard() and apply the plan to it before or after, at will"
         )
-    if sharding != FSDP2 and not (wrap is None and reshard_after_forward is None):
+    of_fsdp2 = wrap, reshard_after_forward, param_dtype, reduce_dtype
+    if sharding != FSDP2 and any(option is not None for option in of_fsdp2):
         raise ShardingError(
-            "wrap and reshard_after_forward say how FSDP2 shards; pass sharding='fsdp2' too"
+            "wrap, reshard_after_forward, param_dtype and reduce_dtype say how FSDP2 shards; pass "
+            "sharding='fsdp2' too"
         )
     if sharding != FSDP2:
         return Sharding(sharding, world_size)
@@ -91,7 +107,8 @@ def read_sharding(
     if wrap is None:
         wrap = _layers(model)
     units = _units(model, wrap, reshard_after_forward)
-    return Sharding(FSDP2, world_size, tuple(wrap), units, reshard_after_forward)
+    precision = read_precision(param_dtype, reduce_dtype)
+    return Sharding(FSDP2, world_size, tuple(wrap), units, reshard_after_forward, precision)
 
 
 def _layers(model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """One of two processes of ``test_sharding``: a planned step beside the same one without a plan.
 
     torchrun --nproc-per-node 2 tests/process_step.py MODEL SHARDING SHARE OPTIMIZER [kept]
-        [always|never]
+        [always|never] [mixed|low]
 
 Prints a JSON line with what was predicted and measured, and whether the two agree to the bit. Runs
 in a process of its own, since the allocator's events can be read once in each.
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -69,13 +69,20 @@ def let_go_at_once() -> None:
         collective.__call__ = waited  # type: ignore[method-assign]
 
 
-def spread(model: nn.Module, sharding: str, layer: str, reshard: bool | None) -> nn.Module:
+def spread(
+    model: nn.Module,
+    sharding: str,
+    layer: str,
+    reshard: bool | None,
+    dtypes: dict[str, Any],
+) -> nn.Module:
     """What is trained: the model itself, of sharded layers, or DDP around it."""
     if sharding == "ddp":
         return DistributedDataParallel(model)
+    policy = MixedPrecisionPolicy(**dtypes)
     for module in [m for m in model.modules() if type(m).__name__ == layer]:
-        fully_shard(module, reshard_after_forward=reshard)
-    fully_shard(model, reshard_after_forward=reshard)
+        fully_shard(module, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, reshard_after_forward=reshard, mp_policy=policy)
     return model
 
 
@@ -101,14 +108,19 @@ def main(name: str, sharding: str, share: str, optimizer: str, *more: str) -> No
     model, batch, layer = {"llama": llama, "bert": bert, "lora": lora}[name]()
     other = copy.deepcopy(model.train())
     reshard = True if "always" in more else False if "never" in more else None
+    dtypes: dict[str, Any] = {}
+    if "mixed" in more or "low" in more:
+        dtypes["param_dtype"] = torch.bfloat16
+    if "mixed" in more:
+        dtypes["reduce_dtype"] = torch.float32
     made = planned(
         model, batch, float(share), optimizer=optimizer, costs="roofline", sharding=sharding,
         world_size=2, wrap=[layer] if sharding == "fsdp2" else None, keep_gradients="kept" in more,
-        reshard_after_forward=reshard,
+        reshard_after_forward=reshard, **dtypes,
     )  # fmt: skip
     apply(made, model)
     updates: dict[nn.Module, torch.optim.Optimizer] = {}
-    trained = {m: spread(m, sharding, layer, reshard) for m in (model, other)}
+    trained = {m: spread(m, sharding, layer, reshard, dtypes) for m in (model, other)}
     for m in trained:
         updates[m] = torch.optim.AdamW((p for p in m.parameters() if p.requires_grad), 1e-2)
 

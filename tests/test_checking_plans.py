@@ -61,6 +61,7 @@ def least(source: Prepared) -> int:
         ("llama", {"device": "h100", "autocast": "bfloat16", "keep_outputs": True}),
         ("vit", {"keep_gradients": True}),
         ("llama", {"sharding": "fsdp2", "world_size": 2, "reshard_after_forward": True}),
+        ("llama", {"sharding": "fsdp2", "world_size": 2, "param_dtype": "bfloat16"}),
     ],
 )
 def test_a_plan_replayed_peaks_to_the_byte(name: str, options: dict[str, Any], make: Make) -> None:

@@ -97,6 +97,8 @@ def test_the_json_has_the_documented_keys(plan_file: Path) -> None:
             "world_size",
             "wrap",
             "reshard_after_forward",
+            "param_dtype",
+            "reduce_dtype",
         ],
         "predicted": [
             "peak_bytes",

@@ -1,6 +1,7 @@
 """What the callback reads from a model that ``fully_shard`` was called on."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from memfit.integrations import ApplyError, MemfitCallback
+from memfit.integrations import ApplyError, MemfitCallback, apply
 from memfit.integrations.sharded import Twin, read_sharded
+from memfit.planner import plan
 from memfit.planner.fingerprint import fingerprint
-
-BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,12 @@ def test_what_stays_whole_and_what_is_sharded_together_is_read(model: Any) -> No
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "offloaded to the CPU; leave it"),
-        ({"mp_policy": BF16}, "casts the parameters of Llama"),
+        (
+            {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+            "offloaded to the CPU, which is not planned",
+        ),
+        ({"mp_policy": MixedPrecisionPolicy(output_dtype=torch.bfloat16)}, "casts what Llama"),
+        ({"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}, "not what it is given"),
         ({"mesh": (1, 1)}, "sharded and replicated"),
     ],
 )
@@ -73,6 +77,44 @@ def test_what_is_not_planned_is_named(model: nn.Module, how: dict[str, Any], wor
     shard(model, **how)
     with pytest.raises(ApplyError, match=words):
         read_sharded(model)
+
+
+def test_the_dtypes_of_a_policy_are_read(model: nn.Module) -> None:
+    shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    found = read_sharded(model)
+    assert (found.param_dtype, found.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_parts_in_different_dtypes_are_refused(model: Any) -> None:
+    fully_shard(model.model.layers[0], mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    fully_shard(model)
+    with pytest.raises(ApplyError, match="different meshes or in different dtypes"):
+        read_sharded(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "words"),
+    [
+        ({}, {}, r"world_size=2, and LlamaForCausalLM .* plan\(\.\.\., world_size=1\)"),
+        (
+            {"param_dtype": "bfloat16"},
+            {"mp_policy": MixedPrecisionPolicy(torch.float16)},
+            "param_dtype='bfloat16', .* sharded with 'float16'",
+        ),
+        ({}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "offloaded to the CPU"),
+    ],
+)
+def test_a_plan_does_not_run_on_a_model_that_is_sharded_otherwise(
+    options: dict[str, Any], how: dict[str, Any], words: str, make: Callable[..., Any]
+) -> None:
+    model, batch = make("llama", layers=2)
+    made = plan(model, 1 << 40, batch, device="cpu", sharding="fsdp2", world_size=2, **options)
+    if "param_dtype" in options:  # as if it had been planned for this one process
+        made = replace(made, workload=replace(made.workload, world_size=1))
+    apply(made, model)
+    shard(model, **how)
+    with pytest.raises(ApplyError, match=words):
+        model(**batch)
 
 
 def test_a_twin_is_the_model_as_it_was(model: nn.Module) -> None:

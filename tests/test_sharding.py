@@ -19,6 +19,7 @@ from memfit.integrations.forwards import ApplyError
 from memfit.planner import Batch, InfeasibleBudget, plan
 from memfit.planner.errors import ShardingError, SolverError
 from memfit.planner.fsdp2 import Unit, find_groups
+from memfit.planner.mixed_precision import Precision
 from memfit.planner.preparing import prepare
 from memfit.planner.report import format_plan
 from memfit.planner.step_graph import Kind
@@ -36,6 +37,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         "llama fsdp2 0.5 adamw",
         "lora fsdp2 0.6 adamw always",
         "bert fsdp2 0.4 adamw kept never",
+        "llama fsdp2 0.2 adamw mixed kept always",
+        "bert fsdp2 0.1 adamw low",
         "llama ddp 0.5 adamw",
     ],
 )
@@ -76,7 +79,7 @@ def test_a_process_holds_its_shard(make: Callable[..., Any]) -> None:
 def test_groups_are_the_layers_and_what_is_left(make: Callable[..., Any]) -> None:
     model, _ = make("llama", layers=2)
     layers = [Unit((f"model.layers.{i}",), True) for i in range(2)]
-    groups = find_groups(model, (Unit(("",), False), *layers), 3)
+    groups = find_groups(model, (Unit(("",), False), *layers), 3, Precision())
     assert [g.name for g in groups] == ["", "model.layers.0", "model.layers.1"]
     assert [*groups[1].sizes_bytes.values()] == [*groups[2].sizes_bytes.values()]
     for group in groups:
@@ -140,6 +143,11 @@ def test_a_parameter_without_dimensions_is_named() -> None:
         ({"world_size": 4}, "need both"),
         ({"world_size": 0}, "world_size is 0"),
         ({"sharding": "ddp", "world_size": 2, "wrap": ["Linear"]}, "sharding='fsdp2'"),
+        ({"sharding": "ddp", "world_size": 2, "param_dtype": "bfloat16"}, "sharding='fsdp2'"),
+        (
+            {"sharding": "fsdp2", "world_size": 2, "wrap": ["inner"], "reduce_dtype": "bf16"},
+            "reduce_dtype is 'bf16'",
+        ),
         ({"sharding": "fsdp2", "world_size": 2}, "name their classes"),
         ({"sharding": "fsdp2", "world_size": 2, "wrap": ["Layer"]}, "no module of the class"),
         ({"sharding": "fsdp2", "world_size": 2, "wrap": ["inner+outer"]}, "nor of that name"),

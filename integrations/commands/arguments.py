@@ -114,7 +114,7 @@ def make_batch(options: argparse.Namespace) -> "Batch | None":
 def step_options(options: argparse.Namespace) -> dict[str, Any]:
     """What the arguments say of the training step, as ``prepare`` and ``plan`` take it."""
     names = "optimizer device costs selective keep_outputs keep_gradients max_grad_norm autocast"
-    names += " sharding world_size wrap reshard_after_forward"
+    names += " sharding world_size wrap reshard_after_forward param_dtype reduce_dtype"
     return {name: getattr(options, name) for name in names.split()}
 
 
@@ -201,6 +201,11 @@ def add_workload(parser: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         help="what FSDP2's fully_shard is told (by default it reshards all but the model's own)",
     )
+    for what, text in (
+        ("param", "FSDP2 gathers parameters in this dtype (param_dtype of its policy)"),
+        ("reduce", "FSDP2 reduces gradients in this dtype"),
+    ):
+        group.add_argument(f"--{what}-dtype", choices=("bfloat16", "float16", "float32"), help=text)
     group.add_argument(
         "--costs",
         choices=("auto", "measured", "roofline"),
