@@ -104,9 +104,8 @@ def _refuse_what_is_not_planned(group: Any) -> None:
         )
     if group.mp_policy.output_dtype or not group.mp_policy.cast_forward_inputs:
         raise ApplyError(
-            f"FSDP2 casts what {name} returns, or not what it is given, as accelerate's bf16 and "
-            "fp16 have it, which is not planned; load the model in bfloat16 and train it as it "
-            "is, or pass a mixed_precision_policy with param_dtype and reduce_dtype alone"
+            f"FSDP2 casts what {name} returns, or not what it is given, which is not planned; "
+            "pass a MixedPrecisionPolicy with param_dtype and reduce_dtype alone"
         )
 
 

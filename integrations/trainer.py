@@ -319,6 +319,12 @@ def _refuse_of_fsdp(args: TrainingArguments, version: int) -> None:
         raise ApplyError(
             "FSDP2 with its parameters on the CPU (cpu_offload) is not planned; drop one of the two"
         )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.bf16 or args.fp16 or launched != "no":
+        raise ApplyError(
+            "with bf16 or fp16 accelerate has FSDP2 cast outputs under autocast, which is not "
+            "planned; load the model in bfloat16 and leave bf16 and fp16 out"
+        )
     accelerator: Any = args.accelerator_config
     accumulation = accelerator.gradient_accumulation_kwargs or {}
     if args.gradient_accumulation_steps > 1 and not accumulation.get("sync_each_batch"):

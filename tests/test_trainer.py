@@ -215,18 +215,19 @@ def test_what_is_not_planned_of_fsdp_is_refused(
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({}, "accelerate launch --fsdp_version 2"),
-        ({"VERSION": "2", "ACTIVATION_CHECKPOINTING": "true"}, "--fsdp_activation_checkpointing"),
-        ({"VERSION": "2", "OFFLOAD_PARAMS": "true"}, "parameters on the CPU"),
+        ({"FSDP_VERSION": "1"}, "accelerate launch --fsdp_version 2"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--fsdp_activation_checkpointing"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "parameters on the CPU"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "load the model in bfloat16"),
     ],
 )
 def test_what_accelerate_launch_says_of_fsdp_counts(
     tmp_path: Path, variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for name, value in variables.items():
-        monkeypatch.setenv(f"FSDP_{name}", value)
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | variables
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert_refused(args, message)
 
 
