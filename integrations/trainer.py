@@ -199,16 +199,13 @@ class _Training:
     def _as_planned(self) -> tuple[nn.Module, torch.optim.Optimizer | None, dict[str, Any]]:
         """The model and its optimizer as ``plan`` takes them, and how they are sharded."""
         model, optimizer, processes = self._model, self._optimizer, self._args.world_size
+        sharding = {"sharding": "ddp", "world_size": processes} if processes > 1 else {}
         if self._twin is not None and is_sharded(model):
             twin = self._twin.like(model)
             if optimizer is not None:
                 optimizer = self._twin.optimizer(optimizer, model)
             return twin, optimizer, read_sharded(model).options()
-        return (
-            model,
-            optimizer,
-            {"sharding": "ddp", "world_size": processes} if processes > 1 else {},
-        )
+        return model, optimizer, sharding
 
     def step_ends(self) -> None:
         """The step after the first planned one is measured: the first may still allocate state."""
