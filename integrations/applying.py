@@ -21,6 +21,7 @@ from memfit.integrations.links import Relay
 from memfit.integrations.probes import Verdict
 from memfit.integrations.selective import SelectiveForward
 from memfit.integrations.sharded import is_sharded, refuse_other_sharding
+from memfit.planner._compat import uncompiled
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import (
     PLANNED_MARKER,
@@ -48,6 +49,7 @@ def apply(plan: Plan, model: nn.Module) -> "AppliedPlan":
             f"apply() takes a plan and a model, got a {type(plan).__name__} and a "
             f"{type(model).__name__}"
         )
+    model = uncompiled(model)
     _refuse_other_models(plan, model)
     _refuse_other_checkpointing(model)
     if unknown := [r for r in plan.regions if r.action not in ACTIONS]:

@@ -65,9 +65,7 @@ class SelectiveForward(PlannedForward):
         names = tuple(sorted(self._keep)), self._name, linked
         return (*names, self._followed, self._relay, self._verdict)
 
-    # In a model that is compiled the graph breaks here, and the region runs as it is.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         forward = self._forward()
         if not torch.is_grad_enabled() or self._mismatches >= _MISMATCHES:
             return forward(*args, **kwargs)

@@ -7,7 +7,7 @@ only looked at when something else has imported it.
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, lru_cache
 from types import CodeType
 from typing import Any, cast
@@ -54,6 +54,8 @@ __all__ = [
     "real_execution",
     "run_fake",
     "storage_key",
+    "uncompiled",
+    "without_compiler",
 ]
 
 # FakeTensorMode has no public name yet (torch._subclasses); neither have its errors.
@@ -431,6 +433,24 @@ _FOREACH_LIKE_GIVEN = {
     for name in ("sqrt", "rsqrt", "neg", "abs", "sign", "reciprocal", "exp", "clone")
     if hasattr(torch.ops.aten, f"_foreach_{name}")  # clone is not in PyTorch 2.11
 }
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(model)`` wraps; the wrapper has no public way to it."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def without_compiler() -> AbstractContextManager[Any]:
+    """Runs what is compiled as it is.
+
+    Dynamo does not trace under dispatch modes, and gives up for good on a function that it met
+    under one: after its capture a compiled model would run uncompiled, without a word.
+    """
+    if "torch._dynamo" not in sys.modules:  # slow to import
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class FakeOps(TorchDispatchMode):  # type: ignore[no-untyped-call]

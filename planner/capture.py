@@ -29,6 +29,7 @@ from memfit.planner._compat import (
     make_parameter,
     modules_stay_where_they_are,
     new_fake,
+    without_compiler,
 )
 from memfit.planner.caching import caching_modules, without_cache
 from memfit.planner.checkpointing import SWITCH_OFF, checkpointed_module, is_planned
@@ -115,6 +116,7 @@ class _Step:
                 autocast_off(),
                 fake_tensors_look_real(),
                 modules_stay_where_they_are(),
+                without_compiler(),
                 function_caches_apart(model, recorder.shadows.adopt, self.small_caches),
             ):
                 twin = _fake_twin(model, mode, recorder, self.casts)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from memfit.planner import document
+from memfit.planner._compat import uncompiled
 from memfit.planner.batches import Batch, make_batch
 from memfit.planner.caching import cache_note
 from memfit.planner.capture import BatchArguments, capture
@@ -81,6 +82,7 @@ def prepare(
 ) -> Prepared:
     """What :func:`memfit.planner.plan`, whose arguments these are, does before a budget counts."""
     check_types(model, batch, device)
+    model = uncompiled(model)
     say = progress or (lambda _: None)
     target = find_target(model, device)
     spread = read_sharding(
