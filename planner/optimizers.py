@@ -109,7 +109,7 @@ class _NumbersAreOne(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.Tensor.item, torch.Tensor.tolist) and args[0].is_floating_point():
-            return _ones(args[0].shape)
+            return _ones(args[0].shape if func is torch.Tensor.tolist else ())
         return func(*args, **(kwargs or {}))
 
 
@@ -197,7 +197,7 @@ def _like(optimizer: torch.optim.Optimizer, model: nn.Module, foreach: bool) -> 
     cls: Callable[..., torch.optim.Optimizer] = type(optimizer)
     # bitsandbytes keeps in attributes how many bits its state has.
     made_with = {**_without_state(optimizer), **optimizer.defaults}
-    defaults = {k: v for k, v in made_with.items() if k in _keywords(cls)}
+    defaults = {k: v for k, v in made_with.items() if k in _keywords(cls) and k != "params"}
     return OptimizerFactory(type(optimizer).__name__, lambda g: cls(g, **defaults), tuple(groups))
 
 
