@@ -21,11 +21,11 @@ from memfit.planner._compat import (
     FakeTensorMode,
     TorchDispatchMode,
     device_asked,
-    flops_of,
     is_own_output,
     storage_key,
 )
 from memfit.planner.caching import is_cache
+from memfit.planner.flops import flops_of
 from memfit.planner.op_facts import signature, unreadable, work_dtype, written_tensors
 from memfit.planner.shadows import Shadows, tensors_in
 from memfit.planner.step_graph import (
