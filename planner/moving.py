@@ -57,8 +57,8 @@ class Move:
         return Recomputation(self.clock(recomputation.at), moved, copies)
 
     def _copy(self, copy: Copy) -> Copy:
-        until = self.clock(copy.until) if copy.until else 0
-        return replace(copy, storage=self.storages.get(copy.storage, -1), until=until)
+        storage = self.storages[copy.storage] if copy.storage >= 0 else copy.storage
+        return replace(copy, storage=storage, until=self.clock(copy.until) if copy.until else 0)
 
 
 def move_between(

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -374,6 +375,21 @@ def test_copies_and_pickles_of_a_planned_model_train_as_planned(
             assert equal(gradients(twin, batch), expected)
             with torch.no_grad():
                 next(model.parameters()).sub_(1.0)
+
+
+def test_a_planned_model_is_saved_as_it_is(
+    make: Callable[..., Any], gradients: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, batch = make("llama")
+    expected, state = gradients(model, batch), model.state_dict()
+    with apply(tight(model, batch), model):
+        assert list(model.state_dict()) == list(state)
+        model.save_pretrained(tmp_path / "model")
+        torch.save(model, tmp_path / "model.pt")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    whole = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert equal(gradients(whole, batch), expected)
 
 
 def test_an_exception_in_forward_leaves_nothing_behind(
