@@ -30,3 +30,11 @@ def test_what_a_page_shows_runs(
 def test_pages_are_linked() -> None:
     readme = (PAGES[0].parents[1] / "README.md").read_text(encoding="utf-8")
     assert all(f"docs/{page.name}" in readme for page in PAGES)
+
+
+def test_results_that_are_cited_are_there() -> None:
+    root = PAGES[0].parents[1]
+    text = "".join(path.read_text(encoding="utf-8") for path in (root / "README.md", *PAGES))
+    cited = set(re.findall(r"benchmarks/results/[\w-]+\.json", text))
+    assert len(cited) > 5
+    assert [name for name in sorted(cited) if not (root / name).exists()] == []
