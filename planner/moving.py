@@ -13,9 +13,6 @@ from memfit.planner.regions import Region
 from memfit.planner.selective import RegionProgram
 from memfit.planner.step_graph import StepGraph
 
-# Above all clocks: sets those of the backward apart from those of the forward.
-_BACKWARD = 1 << 62
-
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -79,12 +76,7 @@ def likeness(step: StepGraph, region: Region, compiled: RegionProgram) -> Hashab
 
     It holds all that an effect on the region is made of, places counted from its own.
     """
-    start, stop = region.start, region.stop
-
-    def place(clock: int) -> int:
-        if clock <= stop:
-            return clock - start
-        return _BACKWARD + clock - region.backward_start
+    start, stop, place = region.start, region.stop, region.place
 
     def storage(index: int) -> tuple[int, bool, int, int]:
         s = step.storages[index]

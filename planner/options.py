@@ -221,16 +221,7 @@ class _Builder:
         region, around = self._regions[r], (self._profile(forward), self._profile(backward))
         described = []
         for o, option in enumerate(self._options[r]):
-            own = tuple(
-                (
-                    size,
-                    *(
-                        c - (region.start if c <= region.stop else region.backward_start)
-                        for c in life
-                    ),
-                )
-                for size, *life in self._own[r, o]
-            )
+            own = tuple((size, *map(region.place, life)) for size, *life in self._own[r, o])
             key = id(option.source), own, around
             if key not in self._numbers:
                 self._numbers[key] = self._count(r, o, forward, backward)

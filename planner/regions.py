@@ -22,6 +22,8 @@ from memfit.planner.step_graph import Phase, StepGraph
 _CHAIN_SHARE = 0.5
 # A leftover module is a region when it could free at least this share of what the whole step saves.
 _LEFTOVER_SHARE = 0.01
+# Above all clocks: sets places in a backward apart from those in a forward.
+_BACKWARD = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,12 @@ class Region:
     """Equal for regions that run the same ops on the same shapes."""
     kept_because: str = ""
     """Why it can only be kept; empty when it can be recomputed."""
+
+    def place(self, clock: int) -> int:
+        """A clock of its forward or backward, counted from where that begins."""
+        if clock <= self.stop:
+            return clock - self.start
+        return _BACKWARD + clock - self.backward_start
 
 
 def find_regions(step: StepGraph, gathered: Sequence[str] = ()) -> tuple[Region, ...]:

@@ -25,7 +25,8 @@ from memfit.integrations.commands.arguments import (
     whole_number,
     write_json,
 )
-from memfit.integrations.curve import check_plot, draw_curve
+from memfit.integrations.curve import draw_curve
+from memfit.integrations.pictures import check_picture
 from memfit.integrations.progress import Progress, hushed
 from memfit.planner.budget import format_bytes
 from memfit.planner.report import columns, format_seconds, percent
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         if path is not None:
             check_writable(path)
     if options.plot is not None:
-        check_plot(options.plot)
+        check_picture(options.plot)
     with Progress(quiet=False) as progress, hushed(options.debug):
         progress.begin(f"building {options.model}")
         from memfit.planner.curve import find_curve

@@ -4,12 +4,12 @@ The picture is drawn here; the page's script only says which point is nearest to
 Depends on the points and on ``page.html`` beside this file.
 """
 
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
+from memfit.integrations.pictures import in_percent, round_step
 from memfit.planner.budget import format_bytes
 from memfit.planner.curve import PLAN, Point
 from memfit.planner.report import format_seconds, percent
@@ -18,7 +18,7 @@ from memfit.planner.report import format_seconds, percent
 _SIZE = 1000
 # Left free around the points, as a share of what they span.
 _MARGIN = 0.06
-_MARKS = 6
+_STEPS = 5
 
 
 class _Scale:
@@ -36,13 +36,14 @@ def make_page(points: Sequence[Point], model: str) -> str:
     """The page of the points of ``model``: plans as a line, beside it what is had by hand."""
     across = _Scale(min(p.peak_bytes for p in points), max(p.peak_bytes for p in points))
     up = _Scale(0.0, max(p.overhead for p in points))
+    marks = _marks(max(p.overhead for p in points))
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"{model}: memory and time"),
         size=_SIZE,
         line=_line(points, across, up),
-        grid=_grid(points, up),
-        axis=_axis(points, up),
+        grid=_grid(marks, up),
+        axis=_axis(marks, up),
         peaks=_peaks(points, across),
         dots=_dots(points, across, up),
         rows="\n".join(map(_row, points)),
@@ -57,26 +58,23 @@ def _line(points: Sequence[Point], across: _Scale, up: _Scale) -> str:
     return " ".join(places)
 
 
-def _overheads(points: Sequence[Point]) -> list[float]:
-    """Round shares up to the highest."""
-    highest = max(p.overhead for p in points)
+def _marks(highest: float) -> list[float]:
+    """Round overheads up to the highest."""
     if not highest:
         return [0.0]
-    rough = highest / (_MARKS - 1)
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
+    step = round_step(highest, _STEPS)
     return [step * n for n in range(int(highest / step + 1e-9) + 1)]
 
 
-def _grid(points: Sequence[Point], up: _Scale) -> str:
-    heights = (f"{_SIZE * (1 - up(share)):.1f}" for share in _overheads(points))
+def _grid(marks: Sequence[float], up: _Scale) -> str:
+    heights = (f"{_SIZE * (1 - up(share)):.1f}" for share in marks)
     return "\n".join(f'<line class="grid" x1="0" x2="{_SIZE}" y1="{y}" y2="{y}"/>' for y in heights)
 
 
-def _axis(points: Sequence[Point], up: _Scale) -> str:
+def _axis(marks: Sequence[float], up: _Scale) -> str:
     return "".join(
-        f'<span style="top:{100 * (1 - up(share)):.2f}%">{100 * share:.3g} %</span>'
-        for share in _overheads(points)
+        f'<span style="top:{in_percent(1 - up(share))}">{100 * share:.3g} %</span>'
+        for share in marks
     )
 
 
@@ -85,7 +83,7 @@ def _peaks(points: Sequence[Point], across: _Scale) -> str:
     peaks = [point.peak_bytes for point in points]
     marks = sorted({min(peaks), (min(peaks) + max(peaks)) // 2, max(peaks)})
     return "".join(
-        f'<span style="left:{100 * across(mark):.2f}%">{format_bytes(mark)}</span>'
+        f'<span style="left:{in_percent(across(mark))}">{format_bytes(mark)}</span>'
         for mark in marks
     )
 
@@ -94,7 +92,7 @@ def _dots(points: Sequence[Point], across: _Scale, up: _Scale) -> str:
     """Plans first: what is had by hand is drawn above them."""
     return "\n".join(
         f'<button class="dot {"planned" if p.name == PLAN else "by-hand"}" '
-        f'style="left:{100 * across(p.peak_bytes):.2f}%;top:{100 * (1 - up(p.overhead)):.2f}%" '
+        f'style="left:{in_percent(across(p.peak_bytes))};top:{in_percent(1 - up(p.overhead))}" '
         f'aria-label="{escape(_told(p))}"></button>'
         + ("" if p.name == PLAN else _name(p, across, up))
         for p in points
@@ -103,11 +101,11 @@ def _dots(points: Sequence[Point], across: _Scale, up: _Scale) -> str:
 
 def _name(point: Point, across: _Scale, up: _Scale) -> str:
     """The name of what is had by hand: beside it, or above where that would leave the picture."""
-    x, y = across(point.peak_bytes), 100 * (1 - up(point.overhead))
-    place = f"left:calc({100 * x:.2f}% + 9px)"
+    x, top = across(point.peak_bytes), in_percent(1 - up(point.overhead))
+    place = f"left:calc({in_percent(x)} + 9px)"
     if x > 0.7:
-        place = f"right:{100 * (1 - x):.2f}%;transform:translateY(-150%)"
-    return f'<span class="tag" style="{place};top:{y:.2f}%">{escape(point.name)}</span>'
+        place = f"right:{in_percent(1 - x)};transform:translateY(-150%)"
+    return f'<span class="tag" style="{place};top:{top}">{escape(point.name)}</span>'
 
 
 def _told(point: Point) -> str:

@@ -4,12 +4,15 @@ Depends on the plan document; matplotlib, an optional extra, is imported when a 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from memfit.integrations.pictures import PAGES, check_figure, check_picture, save_figure
+from memfit.integrations.pictures import check_picture, draw
 from memfit.integrations.timeline.chart import make_chart
 from memfit.integrations.timeline.page import make_page
 from memfit.planner.document import Plan
-from memfit.solvers.records import write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_timeline(plan: Plan, path: Path) -> None:
@@ -20,10 +23,10 @@ def draw_timeline(plan: Plan, path: Path) -> None:
     """
     check_picture(path)
     chart = make_chart(plan)
-    if path.suffix.lower() in PAGES:
-        write(path, make_page(chart))
-        return
-    check_figure(path, "name an .html file, which needs nothing")
-    from memfit.integrations.timeline.figure import make_figure
 
-    save_figure(lambda: make_figure(chart), path)
+    def figure() -> "Figure":
+        from memfit.integrations.timeline.figure import make_figure
+
+        return make_figure(chart)
+
+    draw(path, lambda: make_page(chart), figure)

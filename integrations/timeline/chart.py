@@ -3,12 +3,12 @@
 Depends on the plan document alone.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
+from memfit.integrations.pictures import round_step
 from memfit.planner import timeline
 from memfit.planner.budget import format_bytes, parse_budget
 from memfit.planner.document import Plan
@@ -179,9 +179,7 @@ def ticks(top_bytes: float) -> tuple[Tick, ...]:
     """Round amounts from zero up to ``top_bytes``, in the unit that suits it."""
     name = format_bytes(int(top_bytes)).split()[1]
     unit = parse_budget(f"1{name}")
-    rough = top_bytes / unit / _TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough)
+    step = round_step(top_bytes / unit, _TICKS)
     marks = range(int(top_bytes / unit / step) + 1)
     return tuple(Tick(i * step * unit, f"{i * step:g} {name}" if i else "0") for i in marks)
 

@@ -12,6 +12,7 @@ from operator import add
 from pathlib import Path
 from string import Template
 
+from memfit.integrations.pictures import in_percent
 from memfit.integrations.timeline.chart import BUDGET_COLOUR, COLOURS, Chart
 from memfit.planner.budget import format_bytes
 from memfit.planner.peak_report import describe
@@ -90,13 +91,9 @@ def _y(chart: Chart, size_bytes: float) -> str:
     return f"{_HEIGHT * _from_top(chart, size_bytes):.1f}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
 def _axis(chart: Chart) -> str:
     return "".join(
-        f'<span style="top:{_percent(_from_top(chart, tick.size_bytes))}">{tick.label}</span>'
+        f'<span style="top:{in_percent(_from_top(chart, tick.size_bytes))}">{tick.label}</span>'
         for tick in chart.ticks
     )
 
@@ -160,16 +157,20 @@ def _marks(chart: Chart) -> str:
 def _tags(chart: Chart) -> str:
     """The labels of the peak and of the budget, on opposite sides."""
     x = chart.columns[chart.peak].middle / chart.slots
-    y, right = _percent(_from_top(chart, chart.peak_bytes)), chart.peak_is_right
-    beside = f"right:calc({_percent(1 - x)} + 9px)" if right else f"left:calc({_percent(x)} + 9px)"
+    y, right = in_percent(_from_top(chart, chart.peak_bytes)), chart.peak_is_right
+    beside = (
+        f"right:calc({in_percent(1 - x)} + 9px)" if right else f"left:calc({in_percent(x)} + 9px)"
+    )
     side = "left" if right else "right"
     budget = f"budget {format_bytes(chart.budget_bytes)}"
     if chart.budget_in_sight:
-        height = f"top:{_percent(_from_top(chart, chart.budget_bytes))};transform:translateY(-50%)"
+        height = (
+            f"top:{in_percent(_from_top(chart, chart.budget_bytes))};transform:translateY(-50%)"
+        )
     else:
         height, budget = "top:4px", f"{budget}, far above"
     return (
-        f'<span class="dot" style="left:{_percent(x)};top:{y}"></span>'
+        f'<span class="dot" style="left:{in_percent(x)};top:{y}"></span>'
         f'<span class="tag" style="{beside};top:calc({y} + 15px)">'
         f"peak {format_bytes(chart.peak_bytes)}</span>"
         f'<span class="tag over" style="{side}:6px;{height}">{budget}</span>'
@@ -181,7 +182,7 @@ def _phases(chart: Chart) -> str:
     spans = []
     for phase, first in chart.phases.items():
         x = first / chart.slots
-        place = "right:0" if x > 0.7 else f"left:{_percent(x)}"
+        place = "right:0" if x > 0.7 else f"left:{in_percent(x)}"
         spans.append(f'<span style="{place}">{escape(phase)}</span>')
     return "".join(spans)
 
@@ -224,7 +225,7 @@ def _table(chart: Chart, tensors: Iterable[AliveTensor]) -> str:
 
 def _row(tensor: AliveTensor, share: float) -> str:
     colour = COLOURS[tensor.kind]
-    bar = f'<div class="share" style="width:{_percent(share)};background:{colour}"></div>'
+    bar = f'<div class="share" style="width:{in_percent(share)};background:{colour}"></div>'
     module = f"{escape(tensor.module)}." if tensor.module else ""
     one = "" if tensor.count > 1 else " one"
     return (
