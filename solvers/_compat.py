@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -39,12 +40,17 @@ class NoSolver(RuntimeError):
     """PuLP has no solver here."""
 
 
+@functools.cache
 def pulp() -> Any:
     """The PuLP module. Any, because the annotations of the two majors differ.
 
-    Ends when Python 3.11, the last that gets PuLP 3, is no longer supported.
+    That ends when Python 3.11, the last that gets PuLP 3, is no longer supported. It is imported in
+    a thread: PuLP keeps the errors of importing the solvers that are not there, and with each the
+    frames below it, which in the caller's thread hold the model and its optimizer for ever. Ends
+    when no module of ``pulp.apis`` keeps an exception.
     """
-    return import_module("pulp")
+    with ThreadPoolExecutor(max_workers=1) as elsewhere:
+        return elsewhere.submit(import_module, "pulp").result()
 
 
 def program(name: str) -> Any:

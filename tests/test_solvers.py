@@ -277,6 +277,24 @@ def test_importing_the_solvers_imports_neither_pulp_nor_torch() -> None:
     assert run_python(code) == "set()\n"
 
 
+def test_a_first_solve_holds_on_to_nothing_of_its_caller() -> None:
+    caller = """
+import gc, weakref
+
+class Model: pass
+
+def solve():
+    model = Model()
+    SOLVERS["auto"](problem)
+    return weakref.ref(model)
+
+held = solve()
+gc.collect()
+print(held())
+"""
+    assert run_python(f"{SMALL}\n{caller}").splitlines()[-1] == "None"
+
+
 def test_the_solver_runs_whatever_threads_highs_was_first_used_with() -> None:
     first = (
         "import highspy; h = highspy.Highs(); h.silent(); h.setOptionValue('threads', 3); h.run()"
