@@ -17,9 +17,11 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks import processes
-from benchmarks.measure import Contestant, time_steps
-from benchmarks.report import Table, mib, percent, write_results
+from benchmarks.report import mib, percent, print_rows, write_results
 from benchmarks.rivals import RIVALS, Rival
-from benchmarks.training import Trainer
+from benchmarks.training import Trainer, Way, time_ways
 from benchmarks.workloads import ATTENTIONS, DROPOUT, MODELS, Workload
-from memfit.integrations import AppliedPlan, apply
+from memfit.integrations import apply
 from memfit.integrations.forwards import MemfitWarning
-from memfit.planner import InfeasibleBudget, Plan, plan
+from memfit.planner import InfeasibleBudget, Plan
 
-COMPILE, HALF, FULL = "compile", "half", "full_x1.15"
+COMPILE, OFFLOAD, HALF, FULL = "compile", "hf_1_offload", "half", "full_x1.15"
 GOALS = (*RIVALS, HALF, FULL)
 """All rows: one for each rival, and two whose budgets are not a rival's peak."""
-DEFAULT_GOALS = tuple(goal for goal in GOALS if goal != COMPILE)
+COMPILED_GOALS = tuple(goal for goal in GOALS if goal.startswith(COMPILE))
+DEFAULT_GOALS = tuple(goal for goal in GOALS if goal not in (*COMPILED_GOALS, OFFLOAD))
 SPARSE = ("hf_2", "hf_3", "hf_4")
 """Rivals that leave blocks alone; transformers' overhead is then what ours is a share of."""
 
@@ -111,7 +113,7 @@ class Row:
 
         Compiled code fuses ops, which gains what no choice of tensors can, so it is not judged.
         """
-        if self.goal == COMPILE:
+        if self.goal in COMPILED_GOALS:
             return ""
         if self.difference > TOLERANCE and self.goal != HALF:
             return "SLOWER"
@@ -179,7 +181,7 @@ def measure(request: processes.Request) -> dict[str, Any]:
     A plan that keeps more than it says would be measured too fast, so that it fails instead.
     """
     warnings.simplefilter("error", MemfitWarning)
-    trainer = Trainer.of(Workload(**request["workload"]))
+    trainer = Trainer.shared(Workload(**request["workload"]))
     if trainer.device == "cpu":
         torch.set_num_threads(1)  # before planning, which times ops
     rival = _rival_of(request["goal"])
@@ -203,10 +205,8 @@ def measure(request: processes.Request) -> dict[str, Any]:
 def _measure_rival(trainer: Trainer, rival: Rival) -> dict[str, Any]:
     if missing := rival.missing():
         return {"missing": missing}
-    rival.on(trainer.model)
-    peak = trainer.peak()
-    rival.off(trainer.model)
-    return {"rival_bytes": peak.peak_bytes}
+    with rival.used(trainer.model):
+        return {"rival_bytes": trainer.peak().peak_bytes}
 
 
 def _plan_goal(trainer: Trainer, goal: str, rival_bytes: int) -> tuple[Plan, int, int]:
@@ -214,7 +214,7 @@ def _plan_goal(trainer: Trainer, goal: str, rival_bytes: int) -> tuple[Plan, int
 
     Where that cannot be done the smallest feasible plan, and how much more it needs.
     """
-    unplanned = plan(trainer.model, 2**60, trainer.batch).predicted
+    unplanned = trainer.unplanned
     above = rival_bytes
     if goal == HALF:
         step = unplanned.unplanned_peak_bytes - unplanned.resident_bytes
@@ -223,22 +223,21 @@ def _plan_goal(trainer: Trainer, goal: str, rival_bytes: int) -> tuple[Plan, int
         above = int(rival_bytes * FULL_FACTOR)
     budget = unplanned.resident_bytes + above
     try:
-        return plan(trainer.model, budget, trainer.batch), above, 0
+        return trainer.plan(budget), above, 0
     except InfeasibleBudget as error:
         least = error.minimum_bytes
-        return plan(trainer.model, least, trainer.batch), above, least - budget
+        return trainer.plan(least), above, least - budget
 
 
 def _measure_times(trainer: Trainer, made: Plan, rival: Rival, rounds: int) -> dict[str, Any]:
-    """The three take turns on one model, which is switched over outside of the clock."""
-    switch = _Switch(trainer, made, rival)
-    contestants = {
-        name: Contestant(trainer.step, partial(switch, name))
-        for name in ("unplanned", "rival", "memfit")
+    """The three take turns on one model."""
+    ways: dict[str, Way] = {
+        "unplanned": nullcontext,
+        "rival": partial(rival.used, trainer.model),
+        "memfit": partial(apply, made, trainer.model),
     }
-    timings = time_steps(contestants, rounds=rounds, warmup=0, device=trainer.device)
-    switch("unplanned")
-    unplanned, other, own = (timings[name] for name in contestants)
+    timings = time_ways(trainer, ways, rounds)
+    unplanned, other, own = (timings[name] for name in ways)
     gaps = [m - r for m, r in zip(own.ratios(unplanned), other.ratios(unplanned), strict=True)]
     low, _, high = statistics.quantiles(gaps, n=4)
     return {
@@ -250,35 +249,8 @@ def _measure_times(trainer: Trainer, made: Plan, rival: Rival, rounds: int) -> d
     }
 
 
-class _Switch:
-    """Makes one model train in one of the three ways, and readies it for a step.
-
-    Each has had a step before the one that is timed: plans record in their first.
-    """
-
-    def __init__(self, trainer: Trainer, made: Plan, rival: Rival) -> None:
-        self._trainer = trainer
-        self._made = made
-        self._rival = rival
-        self._applied: AppliedPlan | None = None
-
-    def __call__(self, name: str) -> None:
-        model = self._trainer.model
-        self._rival.off(model)
-        if self._applied is not None:
-            self._applied.remove()
-            self._applied = None
-        if name == "rival":
-            self._rival.on(model)
-        elif name == "memfit":
-            self._applied = apply(self._made, model)
-        self._trainer.before()
-        self._trainer.step()
-        self._trainer.before()
-
-
 def measure_all(
-    workloads: Sequence[Workload], goals: Sequence[str], rounds: int, run: processes.Measure
+    pairs: Iterable[tuple[Workload, str]], rounds: int, run: processes.Measure
 ) -> tuple[list[Row], int]:
     """Measures and prints every row; also how many failed, not counting rivals that are not here.
 
@@ -288,18 +260,18 @@ def measure_all(
         "Peaks above what is allocated before the step; regions: checkpointed + selective; "
         "+% of the unplanned step's time.\n"
     )
-    table = Table(HEADERS)
-    rows = []
-    lost = 0
-    for workload, goal in [(workload, goal) for workload in workloads for goal in goals]:
-        try:
-            rows.append(measure_row(workload, goal, rounds, run))
-        except (NotHere, processes.MeasurementFailed) as failure:
-            lost += isinstance(failure, processes.MeasurementFailed)
-            print(failure)
-            continue
-        table.row(rows[-1].cells())
-    return rows, lost
+    failures = []
+
+    def measured() -> Iterator[Row | Exception]:
+        for workload, goal in pairs:
+            try:
+                yield measure_row(workload, goal, rounds, run)
+            except (NotHere, processes.MeasurementFailed) as failure:
+                failures.append(failure)
+                yield failure
+
+    rows = print_rows(HEADERS, measured())
+    return rows, sum(isinstance(f, processes.MeasurementFailed) for f in failures)
 
 
 def conclude(rows: Sequence[Row], lost: int, timed: bool) -> int:
@@ -343,7 +315,7 @@ def main() -> int:
     ]
     begin = time.perf_counter()
     run = partial(processes.alone, __file__)
-    rows, lost = measure_all(workloads, arguments.rivals, rounds, run)
+    rows, lost = measure_all(product(workloads, arguments.rivals), rounds, run)
     code = conclude(rows, lost, timed=not arguments.quick)
     if not arguments.quick and {(row.model, row.goal) for row in rows} >= _full_table():
         write_results("frontier-cpu", "cpu", [record(r) for r in rows], time.perf_counter() - begin)
@@ -365,7 +337,8 @@ def _parse() -> argparse.Namespace:
         choices=GOALS,
         default=DEFAULT_GOALS,
         metavar="NAME",
-        help=f"rows of the table: {', '.join(GOALS)} (default: all but compile, which is slow)",
+        help=f"rows of the table: {', '.join(GOALS)} (default: all but those of torch.compile, "
+        "which are slow, and hf_1_offload, which takes a GPU)",
     )
     parser.add_argument("--rounds", type=int, help="of the three in turns")
     parser.add_argument("--quick", action="store_true", help="tiny models; times mean nothing")

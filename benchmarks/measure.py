@@ -101,7 +101,7 @@ def time_steps(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step computes: the loss and all gradients, on the CPU."""
+    """What a step computes: the loss and all gradients, where they were computed."""
 
     loss: torch.Tensor
     gradients: dict[str, torch.Tensor]
@@ -110,11 +110,11 @@ class Outcome:
 def outcome_of(model: nn.Module, loss: torch.Tensor) -> Outcome:
     """Copies what the step that returned ``loss`` left in the model."""
     gradients = {
-        name: parameter.grad.detach().to("cpu", copy=True)
+        name: parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return Outcome(loss.detach().to("cpu", copy=True), gradients)
+    return Outcome(loss.detach().clone(), gradients)
 
 
 def bitwise_equal(one: Outcome, other: Outcome) -> bool:

@@ -1,4 +1,4 @@
-"""What the machinery costs: microseconds for each op of a chain of tiny ones, on a CPU.
+"""What the machinery costs the host: its microseconds for each op of a chain of tiny ones.
 
     python benchmarks/overhead.py [--ops 300] [--rounds 60] [--quick]
 
@@ -31,7 +31,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from benchmarks.report import Table, write_results
+from benchmarks import processes
+from benchmarks.report import print_rows, write_results
 from memfit.integrations import apply
 from memfit.integrations.selective import SelectiveForward
 from memfit.planner import plan
@@ -111,16 +112,16 @@ def _micro(seconds: float) -> str:
     return f"{seconds * 1e6:.2f}"
 
 
-def mechanisms(ops: int) -> dict[str, Run]:
-    """For each mechanism a forward; all return a loss."""
-    x = torch.linspace(0.1, 1.0, ELEMENTS)
+def mechanisms(ops: int, device: str = "cpu") -> dict[str, Run]:
+    """For each mechanism a forward on the device; all return a loss."""
+    x = torch.linspace(0.1, 1.0, ELEMENTS, device=device)
 
     def run(model: Trained) -> torch.Tensor:
         loss: torch.Tensor = model(x)
         return loss
 
     def wrapped(around: Callable[[Run], torch.Tensor]) -> Run:
-        model = Trained(ops)
+        model = Trained(ops).to(device)
         own = model.chain.forward
         model.chain.__dict__["forward"] = lambda h: around(partial(own, h))
         return partial(run, model)
@@ -128,14 +129,14 @@ def mechanisms(ops: int) -> dict[str, Run]:
     saved = Chain(ops).saved()
     kept = {ALL_KEPT: saved, HALF_KEPT: saved[::2], NONE_KEPT: ()}
     runs: dict[str, Run] = {
-        PLAIN: partial(run, Trained(ops)),
+        PLAIN: partial(run, Trained(ops).to(device)),
         KEEP: partial(run, _planned(ops, x)),
         "identity hooks": wrapped(_under_identity_hooks),
         "torch checkpoint": wrapped(partial(checkpoint, use_reentrant=False)),
         "torch SAC, all saved": wrapped(partial(_under_sac, save=True)),
         "torch SAC, 0 saved": wrapped(partial(_under_sac, save=False)),
     }
-    return runs | {name: partial(run, _selective(ops, keep)) for name, keep in kept.items()}
+    return runs | {name: partial(run, _selective(ops, keep, device)) for name, keep in kept.items()}
 
 
 def _planned(ops: int, x: torch.Tensor) -> Trained:
@@ -143,13 +144,13 @@ def _planned(ops: int, x: torch.Tensor) -> Trained:
 
     It is made for a short chain, which looks the same to a plan and takes no time to plan.
     """
-    model = Trained(ops)
-    apply(plan(Trained(QUICK_OPS), 2**60, {"x": x}), model)
+    model = Trained(ops).to(x.device)
+    apply(plan(Trained(QUICK_OPS).to(x.device), 2**60, {"x": x}), model)
     return model
 
 
-def _selective(ops: int, keep: tuple[str, ...]) -> Trained:
-    model = Trained(ops)
+def _selective(ops: int, keep: tuple[str, ...], device: str) -> Trained:
+    model = Trained(ops).to(device)
     model.chain.__dict__["forward"] = SelectiveForward(model.chain, None, keep)
     return model
 
@@ -188,11 +189,15 @@ def time_all(runs: Mapping[str, Run], rounds: int) -> dict[str, Times]:
 
 
 def _time(run: Run) -> tuple[float, float]:
+    """Seconds of the host, which does not wait for what it launches on a GPU."""
     begin = time.process_time()
     loss = run()
     middle = time.process_time()
     loss.backward()  # type: ignore[no-untyped-call]
-    return middle - begin, time.process_time() - middle
+    end = time.process_time()
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    return middle - begin, end - middle
 
 
 def rows_of(times: Mapping[str, Times], ops: int) -> list[Row]:
@@ -212,23 +217,49 @@ def rows_of(times: Mapping[str, Times], ops: int) -> list[Row]:
     return rows
 
 
+def measure(request: processes.Request) -> dict[str, Any]:
+    """The rows of all mechanisms, in this process."""
+    ops, rounds, device = request["ops"], request["rounds"], request["device"]
+    rows = rows_of(time_all(mechanisms(ops, device), rounds), ops)
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def show(result: dict[str, Any], request: processes.Request) -> list[Row]:
+    """Prints the rows of a measurement, and returns them."""
+    ops, rounds = request["ops"], request["rounds"]
+    print(f"Microseconds of the host for each of {ops} ops, medians of {rounds} rounds.\n")
+    return print_rows(HEADERS, (Row(**row) for row in result["rows"]))
+
+
+def conclude(rows: Sequence[Row], timed: bool) -> int:
+    """Says how many mechanisms cost more than they may; the exit code."""
+    failed = sum(not row.passes for row in rows) if timed else 0
+    print(f"\nOver what is allowed: {failed} of {len(ALLOWED)}.")
+    return 1 if failed else 0
+
+
+def record(row: Row) -> dict[str, Any]:
+    """The row for the results file."""
+    return asdict(row) | {"passes": row.passes}
+
+
+def request_for(quick: bool, device: str) -> dict[str, Any]:
+    """What :func:`measure` is asked for."""
+    ops, rounds = (QUICK_OPS, QUICK_ROUNDS) if quick else (OPS, ROUNDS)
+    return {"ops": ops, "rounds": rounds, "device": device}
+
+
 def main() -> int:
     arguments = _parse()
-    ops, rounds = (QUICK_OPS, QUICK_ROUNDS) if arguments.quick else (OPS, ROUNDS)
-    ops, rounds = arguments.ops or ops, arguments.rounds or rounds
+    given = {"ops": arguments.ops, "rounds": arguments.rounds}
+    request = request_for(arguments.quick, "cpu") | {k: v for k, v in given.items() if v}
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    rows = rows_of(time_all(mechanisms(ops), rounds), ops)
-    print(f"Microseconds of CPU for each of {ops} ops, medians of {rounds} rounds.\n")
-    table = Table(HEADERS)
-    for row in rows:
-        table.row(row.cells())
-    failed = 0 if arguments.quick else sum(not row.passes for row in rows)
-    print(f"\nOver what is allowed: {failed} of {len(ALLOWED)}.")
-    if not arguments.quick and ops == OPS:
-        records = [asdict(row) | {"ops": ops, "passes": row.passes} for row in rows]
+    rows = show(measure(request), request)
+    if not arguments.quick and request["ops"] == OPS:
+        records = [record(row) for row in rows]
         write_results("overhead-cpu", "cpu", records, time.perf_counter() - begin)
-    return 1 if failed else 0
+    return conclude(rows, timed=not arguments.quick)
 
 
 def _parse() -> argparse.Namespace:

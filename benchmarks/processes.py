@@ -52,6 +52,14 @@ def alone(
     raise MeasurementFailed(f"measuring {dict(request)} failed:\n{done.stderr[-3000:]}")
 
 
+def attempt(measure: Measure, request: Request) -> dict[str, Any] | MeasurementFailed:
+    """The result, or why there is none."""
+    try:
+        return measure(request)
+    except MeasurementFailed as failure:
+        return failure
+
+
 def each(
     measure: Measure, requests: Iterable[Request], jobs: int
 ) -> Iterator[dict[str, Any] | MeasurementFailed]:
@@ -93,6 +101,14 @@ def forks(
         for connection in [c for c in running if c in ready or c in late]:
             fork = running.pop(connection)
             yield fork.request, _result_of(connection, fork, seconds)
+
+
+def fork(measure: Measure, request: Request, seconds: float = 600.0) -> dict[str, Any]:
+    """One measurement in a fork of this process."""
+    ((_, result),) = forks(measure, [request], 1, seconds)
+    if isinstance(result, MeasurementFailed):
+        raise result
+    return result
 
 
 def _answer_into(connection: Connection, measure: Measure, request: Request) -> None:

@@ -6,12 +6,13 @@ Depends on the standard library; versions are read from installed packages.
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -41,22 +42,55 @@ class Table:
         print("| " + " | ".join(texts) + " |", flush=True)
 
 
+class _HasCells(Protocol):
+    def cells(self) -> list[str]: ...
+
+
+R = TypeVar("R", bound=_HasCells)
+
+
+def print_rows(headers: Sequence[str], rows: Iterable[R | Exception]) -> list[R]:
+    """Prints rows as they come, in their place why one could not be measured; returns the rows."""
+    table = Table(headers)
+    measured = []
+    for row in rows:
+        if isinstance(row, Exception):
+            print(row)
+            continue
+        table.row(row.cells())
+        measured.append(row)
+    return measured
+
+
 def write_results(
-    name: str, device: str, rows: Sequence[Mapping[str, Any]], seconds: float
+    name: str,
+    device: str,
+    rows: Sequence[Mapping[str, Any]],
+    seconds: float,
+    folder: Path = RESULTS,
 ) -> None:
-    """Writes the rows and what made them as ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    """Writes the rows and what made them as ``NAME.json`` in the folder."""
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     record = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": describe_machine(device),
-        "versions": {"python": platform.python_version()} | _versions(),
+        **provenance(device),
         "seconds": round(seconds, 1),
         "rows": list(rows),
     }
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"Written to {path}.")
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """What measures: the machine, versions, and how CUDA's allocator is set, if it is."""
+    found = {
+        "machine": describe_machine(device),
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    return found | ({"allocator": settings} if device == "cuda" and settings else {})
 
 
 def describe_machine(device: str) -> str:
@@ -66,7 +100,16 @@ def describe_machine(device: str) -> str:
         return cpu
     import torch
 
-    return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), {cpu}"
+    driver = _driver_version()
+    return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}, driver {driver}), {cpu}"
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, IndexError):
+        return "unknown"
 
 
 def _cpu_name() -> str:

@@ -1,19 +1,23 @@
 """What people do by hand when memory runs out: the ways that memfit is timed against.
 
-``hf_K`` is transformers' checkpointing of every K-th block. ``keep_attention`` and
+``hf_K`` is transformers' checkpointing of every K-th block, ``hf_1_offload`` that of every block
+with what is kept copied to the host, which takes a GPU. ``keep_attention`` and
 ``every_second_matmul`` recompute every block but for chosen ops, by torch's selective checkpointing
 (torchtitan's rule for the second); with dropout on its gradients may be wrong, which is no matter
-here, where only time and memory count. ``compile`` is torch.compile, told to save half of the
-activations. Depends on torch and, for its switches, on transformers' models.
+here, where only time and memory count. ``compile_S`` is torch.compile, told to save the share S of
+the activations. Depends on torch and, for its switches, on transformers' models.
 """
 
+import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -23,8 +27,6 @@ from torch.utils.checkpoint import (
 
 from benchmarks.training import checkpoint_layers, keep_layers
 
-ACTIVATION_BUDGET = 0.5
-"""Share of the activations that the compiled step may save."""
 _aten = torch.ops.aten
 _BATCHED = frozenset({_aten.bmm.default, _aten.baddbmm.default})
 _MATMULS = frozenset({_aten.mm.default, _aten.addmm.default}) | _BATCHED
@@ -40,6 +42,9 @@ _ATTENTION = frozenset(
 )
 
 
+_compiled_shares: list[float] = []
+
+
 def _nothing_missing() -> str:
     return ""
 
@@ -53,6 +58,15 @@ class Rival:
     off: Callable[[nn.Module], None] = keep_layers
     missing: Callable[[], str] = _nothing_missing
     """Why it cannot be had on this machine; empty if it can."""
+
+    @contextmanager
+    def used(self, model: nn.Module) -> Iterator[None]:
+        """Trains the model this way."""
+        self.on(model)
+        try:
+            yield
+        finally:
+            self.off(model)
 
 
 def _every_n(n: int) -> Rival:
@@ -92,8 +106,26 @@ def _selective(name: str, new_policy: Callable[[], Callable[..., Any]]) -> Rival
     return Rival(name, partial(checkpoint_layers, context_fn=contexts))
 
 
-def _compile(model: nn.Module) -> None:
-    _set_activation_budget(ACTIVATION_BUDGET)
+def _missing_offload() -> str:
+    if not torch.cuda.is_available():
+        return "activations are offloaded from a GPU"
+    switch = getattr(transformers.PreTrainedModel, "activation_checkpointing_enable", None)
+    if switch is None or "offload" not in inspect.signature(switch).parameters:
+        return f"transformers {transformers.__version__} does not offload activations"
+    return ""
+
+
+def _compiled(share: float) -> Rival:
+    """Told to save the share of the activations."""
+    return Rival(f"compile_{share:g}", partial(_compile, share), _uncompile, _missing_compiler)
+
+
+def _compile(share: float, model: nn.Module) -> None:
+    # What is compiled already is taken again whatever the share is, and is to be, for its own.
+    if _compiled_shares != [share]:
+        torch.compiler.reset()
+        _compiled_shares[:] = [share]
+    _set_activation_budget(share)
     model.compile()
 
 
@@ -123,6 +155,7 @@ RIVALS = {
         *(_every_n(n) for n in (1, 2, 3, 4)),
         _selective("keep_attention", lambda: _keep_attention),
         _selective("every_second_matmul", _EverySecondMatmul),
-        Rival("compile", _compile, _uncompile, _missing_compiler),
+        Rival("hf_1_offload", partial(checkpoint_layers, offload=True), missing=_missing_offload),
+        *(_compiled(share) for share in (0.3, 0.5, 0.7)),
     )
 }

@@ -1,18 +1,31 @@
-"""A training step that can be repeated exactly: same seed, gradients None before it.
+"""A training step that can be repeated exactly: same seed, same weights, gradients None before it.
 
-Depends on torch, on the measures and on the workloads.
+Depends on torch, on the measures, on the workloads and on the planner.
 """
 
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property, partial
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
-from benchmarks.measure import Contestant, Outcome, Peak, measure_peak, outcome_of
+from benchmarks.measure import (
+    Contestant,
+    Outcome,
+    Peak,
+    Timing,
+    measure_peak,
+    outcome_of,
+    time_steps,
+)
 from benchmarks.workloads import Workload, make
+from memfit.planner import Plan, plan
+from memfit.planner.document import Predicted
 from memfit.planner.losses import loss_of
 from memfit.planner.shadows import tensors_in
 
@@ -39,7 +52,7 @@ class Trainer:
         self.batch = batch
         self.optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
-            self.optimizer = _OPTIMIZERS[optimizer](model.parameters(), lr=1e-4)
+            self.optimizer = _OPTIMIZERS[optimizer](model.parameters(), lr=0.0)
         self.device = device
         self.accumulate = accumulate
         self.autocast: torch.dtype | None = getattr(torch, autocast) if autocast else None
@@ -56,6 +69,29 @@ class Trainer:
             workload.autocast,
             workload.accumulate,
         )
+
+    @classmethod
+    def shared(cls, workload: Workload) -> "Trainer":
+        """The trainer of the last workload asked for, if it is this one, else a new one."""
+        if workload not in _shared:
+            _shared.clear()
+            gc.collect()
+            _shared[workload] = cls.of(workload)
+        return _shared[workload]
+
+    def plan(self, budget_bytes: int, **options: Any) -> Plan:
+        """A plan of this step; ``options`` are more arguments of memfit's ``plan``."""
+        step: dict[str, Any] = {
+            "optimizer": self.optimizer,
+            "autocast": self.autocast,
+            "keep_gradients": self.accumulate,
+        }
+        return plan(self.model, budget_bytes, self.batch, **step | options)
+
+    @cached_property
+    def unplanned(self) -> Predicted:
+        """What is predicted of the step as it is."""
+        return self.plan(2**60).predicted
 
     def before(self, seed: int = 0) -> None:
         """What belongs to no step: the seed, and that there are no gradients but one step's."""
@@ -109,17 +145,49 @@ class Trainer:
         """Measures a step; one before it has allocated the optimizer's state."""
         return measure_peak(self.step, before=self.before, device=self.device)
 
-    def contestant(self) -> Contestant:
-        """This step, to be timed."""
-        return Contestant(self.step, self.before)
+
+_shared: dict[Workload, Trainer] = {}
+
+
+def forget_shared() -> None:
+    """Lets go of the shared trainer, which a failed measurement may have left half changed."""
+    _shared.clear()
+
+
+Way = Callable[[], AbstractContextManager[object]]
+
+
+def time_ways(trainer: Trainer, ways: Mapping[str, Way], rounds: int) -> dict[str, Timing]:
+    """Steps of one model that is trained in several ways, which take turns.
+
+    What a way enters is changed outside of the clock. Each has had a step before the one that is
+    timed: plans record in their first.
+    """
+    with ExitStack() as entered:
+
+        def enter(name: str) -> None:
+            entered.close()
+            entered.enter_context(ways[name]())
+            trainer.before()
+            trainer.step()
+            trainer.before()
+
+        contestants = {name: Contestant(trainer.step, partial(enter, name)) for name in ways}
+        return time_steps(contestants, rounds=rounds, warmup=0, device=trainer.device)
 
 
 def checkpoint_layers(
-    model: nn.Module, every_n_layers: int = 1, context_fn: Callable[[], Any] | None = None
+    model: nn.Module,
+    every_n_layers: int = 1,
+    context_fn: Callable[[], Any] | None = None,
+    **more: bool,
 ) -> None:
-    """Switches transformers' own checkpointing on; ``context_fn`` is torch's for selective ones."""
+    """Switches transformers' own checkpointing on; ``context_fn`` is torch's for selective ones.
+
+    ``more`` is ``offload``, where transformers has that.
+    """
     options = {"use_reentrant": False} | ({"context_fn": context_fn} if context_fn else {})
-    _checkpointing(model, "enable")(options, every_n_layers=every_n_layers)
+    _checkpointing(model, "enable")(options, every_n_layers=every_n_layers, **more)
 
 
 def keep_layers(model: nn.Module) -> None:

@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import processes
 from benchmarks.measure import bitwise_equal
-from benchmarks.report import Table, mib, percent, write_results
+from benchmarks.report import mib, percent, print_rows, write_results
 from benchmarks.training import OPTIMIZERS, Trainer
 from benchmarks.workloads import ATTENTIONS, DROPOUT, MODELS, Workload
 from memfit.integrations import apply
 from memfit.integrations.forwards import MemfitWarning
-from memfit.planner import InfeasibleBudget, Plan, plan
+from memfit.planner import InfeasibleBudget, Plan
+from memfit.planner.document import Predicted
 
 BUDGETS = (1.0, 0.8, 0.6, 0.45, 0.3)
 QUICK_BUDGETS = (1.0, 0.6)
@@ -144,25 +145,19 @@ def measure(request: processes.Request) -> dict[str, Any]:
     )
 
 
-def plan_share(trainer: Trainer, share: float) -> tuple[Plan, bool]:
-    """The plan for a share of the unplanned step's bytes, or for the least that can be done."""
+def plan_share(
+    trainer: Trainer, share: float, unplanned: Predicted | None = None, **options: Any
+) -> tuple[Plan, bool]:
+    """The plan for a share of the unplanned step's bytes, or for the least that can be done.
 
-    def plan_into(budget_bytes: int) -> Plan:
-        return plan(
-            trainer.model,
-            budget_bytes,
-            trainer.batch,
-            optimizer=trainer.optimizer,
-            autocast=trainer.autocast,
-            keep_gradients=trainer.accumulate,
-        )
-
-    unplanned = plan_into(2**60).predicted
+    Those bytes are the trainer's own unless they are given; ``options`` are more of ``plan``'s.
+    """
+    unplanned = unplanned or trainer.unplanned
     dynamic = unplanned.unplanned_peak_bytes - unplanned.resident_bytes
     try:
-        return plan_into(unplanned.resident_bytes + int(dynamic * share)), False
+        return trainer.plan(unplanned.resident_bytes + int(dynamic * share), **options), False
     except InfeasibleBudget as error:
-        return plan_into(error.minimum_bytes), True
+        return trainer.plan(error.minimum_bytes, **options), True
 
 
 def compare(trainer: Trainer, made: Plan) -> str:
@@ -180,14 +175,8 @@ def measure_all(
 ) -> tuple[list[Row], int]:
     """Measures and prints every row; also how many could not be measured."""
     print("MiB above what is allocated before the step; regions: recomputed of all.\n")
-    table = Table(HEADERS)
-    rows = []
-    for result in processes.each(measure_one, requests, jobs):
-        if isinstance(result, processes.MeasurementFailed):
-            print(result)
-            continue
-        rows.append(Row(**result))
-        table.row(rows[-1].cells())
+    results = processes.each(measure_one, requests, jobs)
+    rows = print_rows(HEADERS, (r if isinstance(r, Exception) else Row(**r) for r in results))
     return rows, len(requests) - len(rows)
 
 

@@ -1,8 +1,8 @@
 """The models that are measured, built from their configs with random weights.
 
 ``tiny`` is for tests, ``small`` for a CPU of two cores, ``large`` for a GPU, where there are two
-models more. Nothing is downloaded.
-Depends on torch and transformers.
+models more, and ``launch`` is GPT-2 on so little that a GPU waits for the host. Nothing is
+downloaded. Depends on torch and transformers.
 """
 
 from collections.abc import Callable
@@ -78,8 +78,8 @@ SHAPES = {
         "llama_8": Shape(2, 2048, 4096, 8, 32, 14336, 128256),
         "qwen3_moe": Shape(2, 2048, 2048, 4, 32, 768, 151936, experts=128),
     },
+    "launch": {"gpt2": Shape(1, 128, 768, 12, 12, 3072, 50257)},
 }
-SIZES = tuple(SHAPES)
 
 
 def make(workload: Workload) -> tuple[nn.Module, Batch]:

@@ -116,12 +116,16 @@ def test_the_overhead_of_every_mechanism_is_shown() -> None:
     assert names[0] == "plain" and len(names) == len(set(names)) == 9
 
 
-@pytest.mark.parametrize("part", ["truth", "frontier"])
-def test_the_gpu_script_runs_dry(part: str) -> None:
-    options = ("--part", part, "--device", "cpu", "--tiny", "--models", "vit")
-    code, output = run_script("gpu.py", *options)
+def test_the_gpu_script_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--tiny", "--models", "vit", "--to", str(tmp_path))
+    some = ("--shares", "0.9", "--goals", "hf_1")
+    code, output = run_script("gpu.py", *options, *some)
     assert code == 0, output
-    assert all(row[0] == "vit" for row in table_rows(output))
+    assert "not measured: 1" not in output and "1 not measured" not in output
+    code, again = run_script("gpu.py", *options, *some, "--minutes", "0")
+    assert (code, again) == (0, output)  # all of it is remembered
+    code, output = run_script("gpu.py", *options, "--goals", "hf_2", "--minutes", "0")
+    assert code == 1 and "time is up" in output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
