@@ -91,8 +91,11 @@ class Program:
             if any(s not in self.makers and s not in self.inputs for s in instruction.reads)
         }
         """Instructions that cannot run again, or read what cannot be read again."""
-        self._sources: dict[tuple[int, frozenset[int]], Sources] = {}
-        self._closures: dict[tuple[int, frozenset[int]], tuple[int, ...]] = {}
+        self._bits: dict[frozenset[int], int] = {}
+        self._reach: dict[int, int] = {}
+        self._sources: dict[tuple[int, int], Sources] = {}
+        self._closures: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._reads: dict[tuple[int, int], int] = {}
 
     @property
     def key(self) -> object:
@@ -113,10 +116,23 @@ class Program:
 
     def closure(self, storage: int, present: frozenset[int]) -> tuple[int, ...]:
         """Instructions that make ``storage`` again when the storages ``present`` are there."""
-        key = storage, present
+        key = self._key(storage, present)
         if key not in self._closures:
             self._closures[key] = self._find_closure(storage, present)
         return self._closures[key]
+
+    def _key(self, storage: int, present: frozenset[int]) -> tuple[int, int]:
+        """Equal where what is present makes no difference to making the storage again.
+
+        Sets are integers here, of a bit for each storage: many are asked for.
+        """
+        if present not in self._bits:
+            self._bits[present] = _as_bits(present)
+        if storage not in self._reach:
+            chosen = [self.instructions[i] for i in self._find_closure(storage, frozenset())]
+            touched = {s for i in chosen for s in (*i.reads, *i.writes)}
+            self._reach[storage] = _as_bits(touched | {storage})
+        return storage, self._bits[present] & self._reach[storage]
 
     def _find_closure(self, storage: int, present: frozenset[int]) -> tuple[int, ...]:
         needed: set[int] = set()
@@ -137,7 +153,7 @@ class Program:
 
     def sources(self, storage: int, kept: frozenset[int]) -> Sources:
         """What a dropped ``storage`` holds on to until autograd releases it."""
-        key = storage, kept
+        key = self._key(storage, kept)
         if key not in self._sources:
             self._sources[key] = self._find_sources(storage, kept)
         return self._sources[key]
@@ -162,12 +178,25 @@ class Program:
         If these come out as they were, so did all.
         """
         dropped = [s for s in self.droppable if s not in kept]
-        inside: set[int] = set()
+        inside = 0
         for storage in dropped:
-            if storage not in inside:
-                for index in self.closure(storage, kept):
-                    inside.update(s for s in self.instructions[index].reads if s != storage)
-        return tuple(s for s in dropped if s not in inside)
+            if not inside >> storage & 1:
+                inside |= self._made_from(storage, kept)
+        return tuple(s for s in dropped if not inside >> s & 1)
+
+    def _made_from(self, storage: int, kept: frozenset[int]) -> int:
+        key = self._key(storage, kept)
+        if key not in self._reads:
+            chosen = [self.instructions[i] for i in self.closure(storage, kept)]
+            self._reads[key] = _as_bits({s for i in chosen for s in i.reads if s != storage})
+        return self._reads[key]
+
+
+def _as_bits(storages: Iterable[int]) -> int:
+    bits = 0
+    for storage in storages:
+        bits |= 1 << storage
+    return bits
 
 
 def short_name(op: str) -> str:
