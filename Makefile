@@ -11,8 +11,8 @@ export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: install demo test test-slow lint \
-  bench-truth bench-frontier bench-overhead bench-solvers bench-optimum bench-coverage bench-scale \
-  bench-finetune pictures
+  bench-truth bench-frontier bench-costs bench-overhead bench-solvers bench-optimum \
+  bench-coverage bench-scale bench-finetune pictures
 
 install: $(STAMP)
 
@@ -45,6 +45,9 @@ bench-truth: $(STAMP)
 
 bench-frontier: $(STAMP)
 	$(BIN)/python benchmarks/frontier.py
+
+bench-costs: $(STAMP)
+	$(BIN)/python benchmarks/costs.py
 
 bench-solvers: $(STAMP)
 	$(BIN)/python benchmarks/solvers.py

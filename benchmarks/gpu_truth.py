@@ -173,12 +173,12 @@ def _plan(trainer: Trainer, workload: Workload, share: float, made: str) -> tupl
     return plan_share(absent, share, trainer.unplanned, device=name, costs="roofline")
 
 
-def find_excess(trainer: Trainer, budget_bytes: int) -> float | None:
-    """What has to be free beside the budget for a step to run; infinite if none of them will do."""
+def find_excess(trainer: Trainer, budget_bytes: int) -> float:
+    """What has to be free beside the budget for a step to run; 1 if none of the shares will do."""
     for excess in EXCESSES:
         if _runs_within(trainer, int(budget_bytes * (1 + excess))):
             return excess
-    return float("inf")
+    return 1.0
 
 
 def _runs_within(trainer: Trainer, limit_bytes: int) -> bool:
