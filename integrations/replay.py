@@ -8,9 +8,10 @@ free as soon as autograd lets go. Depends on the records of a forward and on sch
 """
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -94,16 +95,17 @@ class Replay:
             for root in roots
             if root.is_argument and root.index in linked
         }
-        self.held = tuple(dict.fromkeys(self._held.values()))
-        """The sets of slots that dropped storages hold on to."""
+        self._sets = list(dict.fromkeys(self._held.values()))
+        self.pick = [_picker(slots) for slots in self._sets]
+        """What takes the boxes that dropped storages hold on to out of all, set by set."""
         self.dropped = self._find_dropped(region)
         self.expected = self._expectations()
-        self.arguments = [
-            (position, slot.index)
-            for position, slot in enumerate(self.slots)
-            if isinstance(slot, Argument) and slot.index not in linked
-        ]
-        """Slots to be filled with arguments."""
+        arguments = [(i, s.index) for i, s in enumerate(self.slots) if isinstance(s, Argument)]
+        self.arguments = [(i, index) for i, index in arguments if index not in linked]
+        """Slots to be filled with arguments,"""
+        self.linked = [(i, index) for i, index in arguments if index in linked]
+        """and those with what makes them again."""
+        self.first_states = self.states_at(-1)
         self._schedules: dict[tuple[int, frozenset[int], bool], Schedule] = {}
 
     def schedule(self, storage: int, alive: Collection[int], as_result: bool = False) -> Schedule:
@@ -188,7 +190,7 @@ class Replay:
         if storage in self._held:
             dropped = self.dropped[storage]
             drop = Drop(dropped, None if value == dropped.base else value)
-            return _DROP, self.held.index(self._held[storage]), drop
+            return _DROP, self._sets.index(self._held[storage]), drop
         if storage in self._passed:
             root = self._passed[storage]
             return _PASS, self._slot(Argument(root.index)), (root.value, value)
@@ -224,17 +226,15 @@ class Opened:
         self._replay = replay
         self._entry = entry
         self._call = Call(replay, entry.places, verdict)
-        self._boxes: list[Any]
-        self._boxes = boxes = [
-            links.get(slot.index) or Box() if isinstance(slot, Argument) else Box()
-            for slot in replay.slots
-        ]
-        self._held = [tuple([boxes[i] for i in slots]) for slots in replay.held]
+        self._boxes: list[Any] = [Box() for _ in replay.slots]
+        for position, index in replay.linked:
+            self._boxes[position] = links[index]
+        self._held = [pick(self._boxes) for pick in replay.pick]
         self._handles: list[Handle] = []
         self._passed: list[Passed] = []
         self._expected = iter(replay.expected)
         self._matches = True
-        self._capture(replay.states_at(-1))
+        self._capture(replay.first_states)
 
     def pack(self, tensor: torch.Tensor) -> "torch.Tensor | Packed":
         """Saved tensor hook; runs for every saved tensor, so that speed matters."""
@@ -304,15 +304,16 @@ class Opened:
         for position, index in self._replay.arguments:
             self._boxes[position].fill(self._entry.arguments[index].detach())
         call = self._call
+        places = call.places
         for index in self._replay.parameters:
-            held, name = call.places[index]
+            held, name = places[index]
             call.versions[index] = Version(held[name])
         for passed in self._passed:
             passed.drop()
         self._passed = []
         for handle in self._handles:
             handle.held = None
-            call.handles.append(weakref.ref(handle))
+        call.handles = list(map(weakref.ref, self._handles))
         call.is_open = False
         self._handles = []
         if relay is not None:
@@ -375,16 +376,17 @@ class Call:
 
     def put(self, dropped: Dropped, tensor: torch.Tensor) -> None:
         """Leaves a recomputed storage in its handles."""
-        waits = False
+        storage, probe = dropped.storage, dropped.probe
+        is_new = True
         for number in dropped.handles:
             handle = self.handles[number]()
             if handle is None:
                 continue
-            if not waits:
-                waits = True
-                self._alive[dropped.storage] = weakref.ref(tensor.untyped_storage())
-                if dropped.probe is not None:
-                    dropped.probe.compare(tensor, handle.boxes[-1].tensor, self)
+            if is_new:
+                is_new = False
+                self._alive[storage] = weakref.ref(tensor.untyped_storage())
+                if probe is not None:
+                    probe.compare(tensor, handle.boxes[-1].tensor, self)
             if handle.held is None and not handle.given:
                 view = handle.drop.view
                 handle.held = tensor if view is None else view_as(tensor, dropped.base, view)
@@ -402,6 +404,13 @@ class Call:
         tensor: torch.Tensor = held[name]
         self.versions[index].check(tensor)
         return tensor
+
+
+def _picker(slots: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """Takes the boxes of these slots out of all."""
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda boxes: tuple([boxes[i] for i in slots])
 
 
 def _as_recorded() -> AbstractContextManager[Any]:
