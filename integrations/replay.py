@@ -50,16 +50,8 @@ class Dropped:
     base: Value
     """What is recomputed."""
     probe: Probe | None
-    handles: tuple[int, ...]
-    """Which of the handles of a call are in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """What a handle stands for: a tensor in a dropped storage, the base if there is no view."""
-
-    dropped: Dropped
-    view: Value | None
+    handles: tuple[tuple[int, Value | None], ...]
+    """Which of the handles of a call are in it: for the base, or for a view of it."""
 
 
 class Replay:
@@ -159,14 +151,15 @@ class Replay:
 
     def _find_dropped(self, region: str) -> dict[int, Dropped]:
         recorded = self.recorded
-        drops = [v.storage for v in recorded.packed if v.storage in self._held]
+        drops = [value for value in recorded.packed if value.storage in self._held]
         found = {}
         for storage in self._held:
             base, first = recorded.bases[storage], self._first[storage]
             name = f"{recorded.program.names[storage]} of {region}"
             probe = Probe(first, base, name) if storage in self._probed else None
-            handles = tuple(i for i, s in enumerate(drops) if s == storage)
-            found[storage] = Dropped(storage, base, probe, handles)
+            handles = [(i, v) for i, v in enumerate(drops) if v.storage == storage]
+            views = tuple((i, None if value == base else value) for i, value in handles)
+            found[storage] = Dropped(storage, base, probe, views)
         return found
 
     def _expectations(self) -> tuple[Any, ...]:
@@ -183,14 +176,12 @@ class Replay:
         return tuple(expected)
 
     def _decide(self, index: int, is_first: bool) -> tuple[int, int, Any]:
-        """What to do with a packed tensor, with which slot or set of slots, and what is dropped, or
-        of which argument it is a view."""
+        """What to do with a packed tensor, with which slot or set of slots, and which storage is
+        dropped, or of which argument it is a view."""
         value = self.recorded.packed[index]
         storage = value.storage
         if storage in self._held:
-            dropped = self.dropped[storage]
-            drop = Drop(dropped, None if value == dropped.base else value)
-            return _DROP, self._sets.index(self._held[storage]), drop
+            return _DROP, self._sets.index(self._held[storage]), storage
         if storage in self._passed:
             root = self._passed[storage]
             return _PASS, self._slot(Argument(root.index)), (root.value, value)
@@ -246,11 +237,11 @@ class Opened:
             return boxed(tensor)
         if rule is None:
             return boxed(tensor) if tensor._version else tensor
-        what, number, drop, extra = rule
+        what, number, of, extra = rule
         if extra is not None:
             self._take_extra(tensor, *extra)
         if what == _DROP:
-            handle = Handle(self._call, drop, self._held[number], tensor)
+            handle = Handle(self._call, of, self._held[number], tensor)
             self._handles.append(handle)
             return handle
         if what == _KEEP_IN_SLOT:
@@ -258,7 +249,7 @@ class Opened:
             box.fill(tensor)
             return box
         if what == _PASS:
-            passed = Passed(tensor, self._boxes[number], *drop)
+            passed = Passed(tensor, self._boxes[number], *of)
             self._passed.append(passed)
             return passed
         if what == _KEEP_LEAF or tensor._version:
@@ -378,7 +369,7 @@ class Call:
         """Leaves a recomputed storage in its handles."""
         storage, probe = dropped.storage, dropped.probe
         is_new = True
-        for number in dropped.handles:
+        for number, view in dropped.handles:
             handle = self.handles[number]()
             if handle is None:
                 continue
@@ -388,7 +379,6 @@ class Call:
                 if probe is not None:
                     probe.compare(tensor, handle.boxes[-1].tensor, self)
             if handle.held is None and not handle.given:
-                view = handle.drop.view
                 handle.held = tensor if view is None else view_as(tensor, dropped.base, view)
 
     def alive(self, storage: int) -> torch.Tensor:
@@ -429,16 +419,16 @@ class Handle:
     """Stands for a saved tensor that is dropped. Each is handed over once, then made anew."""
 
     __slots__ = (
-        "__weakref__", "_call", "_version", "boxes", "drop", "given", "held",
+        "__weakref__", "_call", "_storage", "_version", "boxes", "given", "held",
     )  # fmt: skip
 
     def __init__(
-        self, call: Call, drop: Drop, boxes: tuple[Box, ...], tensor: torch.Tensor
+        self, call: Call, storage: int, boxes: tuple[Box, ...], tensor: torch.Tensor
     ) -> None:
         self._call: Call | None = call
         self.boxes = boxes
         self._version = tensor._version
-        self.drop = drop
+        self._storage = storage
         self.held: torch.Tensor | None = tensor
         self.given = False
 
@@ -456,7 +446,7 @@ class Handle:
             return self._take_held()
         if self.held is None:
             self.given = False
-            call.recompute(self.drop.dropped.storage, self.boxes)
+            call.recompute(self._storage, self.boxes)
         tensor = self.held
         assert tensor is not None
         self.held = None

@@ -75,7 +75,8 @@ class Reader:
             _describe_aliases(tensors, key)
         owners = _attributes_in(module)
         self._describe_attributes(owners, key)
-        return Entry(tuple(key), tensors, _describe_held(owners, key))
+        places = _describe_held(owners, key)
+        return Entry(tuple(key), tensors, places)
 
     def _describe_attributes(self, owners: list[dict[str, Any]], key: list[Any]) -> None:
         """A scale, a rate or a switch is baked into recorded ops. ``training`` is among them."""
