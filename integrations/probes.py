@@ -25,21 +25,25 @@ class Verdict:
     for them would leave the device idle. Copies begin empty.
     """
 
-    __slots__ = ("_differing", "_message", "_sent")
+    __slots__ = ("_differing", "_message", "_sent", "_sized")
 
     def __init__(self) -> None:
         self._differing: dict[torch.device, torch.Tensor] = {}
         """Bits that differed in any comparison, by the place in a sample."""
+        self._sized: dict[tuple[torch.device, int], torch.Tensor] = {}
+        """As many of them as a sample has."""
         self._message = ""
         self._sent: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def add(self, differing: torch.Tensor, message: str) -> None:
         """Notes the bits in which a sample differs, as whole numbers."""
-        device = differing.device
-        if device not in self._differing:
-            size = 2 * SAMPLE_ELEMENTS  # complex elements are two numbers each
-            self._differing[device] = torch.zeros(size, dtype=torch.int64, device=device)
-        self._differing[device][: differing.numel()].bitwise_or_(differing)
+        device, size = differing.device, differing.numel()
+        if (device, size) not in self._sized:
+            if device not in self._differing:
+                most = 2 * SAMPLE_ELEMENTS  # complex elements are two numbers each
+                self._differing[device] = torch.zeros(most, dtype=torch.int64, device=device)
+            self._sized[device, size] = self._differing[device][:size]
+        self._sized[device, size].bitwise_or_(differing)
         self._message = message
 
     def read(self) -> None:
@@ -59,6 +63,7 @@ class Verdict:
             arrived.record(torch.cuda.current_stream(device))
             self._sent.append((there, arrived))
         self._differing.clear()
+        self._sized.clear()
 
     def __reduce__(self) -> Any:
         return Verdict, ()
@@ -87,7 +92,8 @@ class Probe:
 
     def sample(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a few elements of ``value``."""
-        return self._line(tensor.detach(), int(tensor.storage_offset())).clone()
+        offset = int(tensor.storage_offset())
+        return torch.as_strided_copy(tensor.detach(), (self._size,), (self._stride,), offset)
 
     def compare(self, tensor: torch.Tensor, sample: torch.Tensor, call: _Judged) -> None:
         """Compares ``value`` in a recomputed ``base`` to the bit, so that NaN equals NaN."""

@@ -8,9 +8,10 @@ free as soon as autograd lets go. Depends on the records of a forward and on sch
 """
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,16 +50,8 @@ class Dropped:
     base: Value
     """What is recomputed."""
     probe: Probe | None
-    handles: tuple[int, ...]
-    """Which of the handles of a call are in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """What a handle stands for: a tensor in a dropped storage, the base if there is no view."""
-
-    dropped: Dropped
-    view: Value | None
+    handles: tuple[tuple[int, Value | None], ...]
+    """Which of the handles of a call are in it: for the base, or for a view of it."""
 
 
 class Replay:
@@ -94,16 +87,17 @@ class Replay:
             for root in roots
             if root.is_argument and root.index in linked
         }
-        self.held = tuple(dict.fromkeys(self._held.values()))
-        """The sets of slots that dropped storages hold on to."""
+        self._sets = list(dict.fromkeys(self._held.values()))
+        self.pick = [_picker(slots) for slots in self._sets]
+        """What takes the boxes that dropped storages hold on to out of all, set by set."""
         self.dropped = self._find_dropped(region)
         self.expected = self._expectations()
-        self.arguments = [
-            (position, slot.index)
-            for position, slot in enumerate(self.slots)
-            if isinstance(slot, Argument) and slot.index not in linked
-        ]
-        """Slots to be filled with arguments."""
+        arguments = [(i, s.index) for i, s in enumerate(self.slots) if isinstance(s, Argument)]
+        self.arguments = [(i, index) for i, index in arguments if index not in linked]
+        """Slots to be filled with arguments,"""
+        self.linked = [(i, index) for i, index in arguments if index in linked]
+        """and those with what makes them again."""
+        self.first_states = self.states_at(-1)
         self._schedules: dict[tuple[int, frozenset[int], bool], Schedule] = {}
 
     def schedule(self, storage: int, alive: Collection[int], as_result: bool = False) -> Schedule:
@@ -157,14 +151,15 @@ class Replay:
 
     def _find_dropped(self, region: str) -> dict[int, Dropped]:
         recorded = self.recorded
-        drops = [v.storage for v in recorded.packed if v.storage in self._held]
+        drops = [value for value in recorded.packed if value.storage in self._held]
         found = {}
         for storage in self._held:
             base, first = recorded.bases[storage], self._first[storage]
             name = f"{recorded.program.names[storage]} of {region}"
             probe = Probe(first, base, name) if storage in self._probed else None
-            handles = tuple(i for i, s in enumerate(drops) if s == storage)
-            found[storage] = Dropped(storage, base, probe, handles)
+            handles = [(i, v) for i, v in enumerate(drops) if v.storage == storage]
+            views = tuple((i, None if value == base else value) for i, value in handles)
+            found[storage] = Dropped(storage, base, probe, views)
         return found
 
     def _expectations(self) -> tuple[Any, ...]:
@@ -181,14 +176,12 @@ class Replay:
         return tuple(expected)
 
     def _decide(self, index: int, is_first: bool) -> tuple[int, int, Any]:
-        """What to do with a packed tensor, with which slot or set of slots, and what is dropped, or
-        of which argument it is a view."""
+        """What to do with a packed tensor, with which slot or set of slots, and which storage is
+        dropped, or of which argument it is a view."""
         value = self.recorded.packed[index]
         storage = value.storage
         if storage in self._held:
-            dropped = self.dropped[storage]
-            drop = Drop(dropped, None if value == dropped.base else value)
-            return _DROP, self.held.index(self._held[storage]), drop
+            return _DROP, self._sets.index(self._held[storage]), storage
         if storage in self._passed:
             root = self._passed[storage]
             return _PASS, self._slot(Argument(root.index)), (root.value, value)
@@ -224,17 +217,15 @@ class Opened:
         self._replay = replay
         self._entry = entry
         self._call = Call(replay, entry.places, verdict)
-        self._boxes: list[Any]
-        self._boxes = boxes = [
-            links.get(slot.index) or Box() if isinstance(slot, Argument) else Box()
-            for slot in replay.slots
-        ]
-        self._held = [tuple([boxes[i] for i in slots]) for slots in replay.held]
+        self._boxes: list[Any] = [Box() for _ in replay.slots]
+        for position, index in replay.linked:
+            self._boxes[position] = links[index]
+        self._held = [pick(self._boxes) for pick in replay.pick]
         self._handles: list[Handle] = []
         self._passed: list[Passed] = []
         self._expected = iter(replay.expected)
         self._matches = True
-        self._capture(replay.states_at(-1))
+        self._capture(replay.first_states)
 
     def pack(self, tensor: torch.Tensor) -> "torch.Tensor | Packed":
         """Saved tensor hook; runs for every saved tensor, so that speed matters."""
@@ -246,11 +237,11 @@ class Opened:
             return boxed(tensor)
         if rule is None:
             return boxed(tensor) if tensor._version else tensor
-        what, number, drop, extra = rule
+        what, number, of, extra = rule
         if extra is not None:
             self._take_extra(tensor, *extra)
         if what == _DROP:
-            handle = Handle(self._call, drop, self._held[number], tensor)
+            handle = Handle(self._call, of, self._held[number], tensor)
             self._handles.append(handle)
             return handle
         if what == _KEEP_IN_SLOT:
@@ -258,7 +249,7 @@ class Opened:
             box.fill(tensor)
             return box
         if what == _PASS:
-            passed = Passed(tensor, self._boxes[number], *drop)
+            passed = Passed(tensor, self._boxes[number], *of)
             self._passed.append(passed)
             return passed
         if what == _KEEP_LEAF or tensor._version:
@@ -304,15 +295,16 @@ class Opened:
         for position, index in self._replay.arguments:
             self._boxes[position].fill(self._entry.arguments[index].detach())
         call = self._call
+        places = call.places
         for index in self._replay.parameters:
-            held, name = call.places[index]
+            held, name = places[index]
             call.versions[index] = Version(held[name])
         for passed in self._passed:
             passed.drop()
         self._passed = []
         for handle in self._handles:
             handle.held = None
-            call.handles.append(weakref.ref(handle))
+        call.handles = list(map(weakref.ref, self._handles))
         call.is_open = False
         self._handles = []
         if relay is not None:
@@ -375,18 +367,18 @@ class Call:
 
     def put(self, dropped: Dropped, tensor: torch.Tensor) -> None:
         """Leaves a recomputed storage in its handles."""
-        waits = False
-        for number in dropped.handles:
+        storage, probe = dropped.storage, dropped.probe
+        is_new = True
+        for number, view in dropped.handles:
             handle = self.handles[number]()
             if handle is None:
                 continue
-            if not waits:
-                waits = True
-                self._alive[dropped.storage] = weakref.ref(tensor.untyped_storage())
-                if dropped.probe is not None:
-                    dropped.probe.compare(tensor, handle.boxes[-1].tensor, self)
+            if is_new:
+                is_new = False
+                self._alive[storage] = weakref.ref(tensor.untyped_storage())
+                if probe is not None:
+                    probe.compare(tensor, handle.boxes[-1].tensor, self)
             if handle.held is None and not handle.given:
-                view = handle.drop.view
                 handle.held = tensor if view is None else view_as(tensor, dropped.base, view)
 
     def alive(self, storage: int) -> torch.Tensor:
@@ -402,6 +394,13 @@ class Call:
         tensor: torch.Tensor = held[name]
         self.versions[index].check(tensor)
         return tensor
+
+
+def _picker(slots: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """Takes the boxes of these slots out of all."""
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda boxes: tuple([boxes[i] for i in slots])
 
 
 def _as_recorded() -> AbstractContextManager[Any]:
@@ -420,16 +419,16 @@ class Handle:
     """Stands for a saved tensor that is dropped. Each is handed over once, then made anew."""
 
     __slots__ = (
-        "__weakref__", "_call", "_version", "boxes", "drop", "given", "held",
+        "__weakref__", "_call", "_storage", "_version", "boxes", "given", "held",
     )  # fmt: skip
 
     def __init__(
-        self, call: Call, drop: Drop, boxes: tuple[Box, ...], tensor: torch.Tensor
+        self, call: Call, storage: int, boxes: tuple[Box, ...], tensor: torch.Tensor
     ) -> None:
         self._call: Call | None = call
         self.boxes = boxes
         self._version = tensor._version
-        self.drop = drop
+        self._storage = storage
         self.held: torch.Tensor | None = tensor
         self.given = False
 
@@ -447,7 +446,7 @@ class Handle:
             return self._take_held()
         if self.held is None:
             self.given = False
-            call.recompute(self.drop.dropped.storage, self.boxes)
+            call.recompute(self._storage, self.boxes)
         tensor = self.held
         assert tensor is not None
         self.held = None

@@ -276,20 +276,22 @@ class _Writer:
 
     def _view(self, value: Value) -> str:
         name = self._variable(value)
-        if value.storage not in self._recorded.bases:
+        is_outside = value.storage not in self._recorded.bases
+        if is_outside:
             base = root_of(self._recorded, value).value
-            if value == base:
-                return name
-            return f"view_as({name}, {self._constant(base)}, {self._constant(value)})"
-        base = self._recorded.bases[value.storage]
-        if not self._is_fresh(value.storage) and Kept(value.storage) in self._slots:
+        elif not self._is_fresh(value.storage) and Kept(value.storage) in self._slots:
             base = self._first[value.storage]
+        else:
+            base = self._recorded.bases[value.storage]
         if value == base:
             return name
-        if value.dtype == base.dtype:
-            # Strides and offset of what the program makes are those of the recording.
-            return f"{name}.as_strided({value.shape}, {value.stride}, {value.offset})"
-        return f"view_as({name}, {self._constant(base)}, {self._constant(value)})"
+        if value.dtype != base.dtype:
+            return f"view_as({name}, {self._constant(base)}, {self._constant(value)})"
+        # Strides and offset of what the program makes are those of the recording.
+        offset = str(value.offset)
+        if is_outside:
+            offset = f"{name}.storage_offset() + {value.offset - base.offset}"
+        return f"{name}.as_strided({value.shape}, {value.stride}, {offset})"
 
     def _constant(self, item: Any) -> str:
         for name, known in self._names.items():

@@ -20,7 +20,7 @@ from memfit.integrations.links import Given, Link, Relay
 from memfit.integrations.probes import Verdict
 from memfit.integrations.recording import Recorded, Recording
 from memfit.integrations.replay import Opened, Replay
-from memfit.integrations.signatures import Entry, Unreadable, enter
+from memfit.integrations.signatures import Entry, Reader, Unreadable
 
 # After so many forwards that were not as recorded, everything is kept for ever.
 _MISMATCHES = 3
@@ -54,6 +54,7 @@ class SelectiveForward(PlannedForward):
         self._followed = followed
         self._relay = relay
         self._name = name or type(module).__name__
+        self._reader = Reader()
         self._programs: dict[tuple[Any, ...], Replay | None] = {}
         self._verdict = verdict or Verdict()
         self._mismatches = 0
@@ -71,24 +72,23 @@ class SelectiveForward(PlannedForward):
             return forward(*args, **kwargs)
         self._verdict.read()
         try:
-            entry = enter(self._own(), args, kwargs)
+            entry = self._reader.enter(self._own(), args, kwargs)
         except Unreadable as reason:
             self._warn("arguments", f"keeps everything: {reason}. {_WAY_OUT}")
             return forward(*args, **kwargs)
         links = self._find_links(entry) if self._linked else {}
         if links:
             entry = replace(entry, key=(*entry.key, *links))
-        if entry.key not in self._programs:
-            if not self._recording.acquire(blocking=False):
-                return forward(*args, **kwargs)  # another thread records, or this one further out
-            try:
-                return self._record(forward, args, kwargs, entry, links)
-            finally:
-                self._recording.release()
-        replay = self._programs[entry.key]
-        if replay is None:
+        replay = self._programs.get(entry.key)
+        if replay is not None:
+            return self._replay(forward, args, kwargs, entry, replay, links)
+        # If it does not keep everything, another thread may be recording, or this one further out.
+        if entry.key in self._programs or not self._recording.acquire(blocking=False):
             return forward(*args, **kwargs)
-        return self._replay(forward, args, kwargs, entry, replay, links)
+        try:
+            return self._record(forward, args, kwargs, entry, links)
+        finally:
+            self._recording.release()
 
     def _find_links(self, entry: Entry) -> dict[int, Link]:
         """The arguments that the region before can make again."""
