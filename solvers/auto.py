@@ -1,8 +1,9 @@
 """Picks the solver that suits a problem, and says which and why.
 
-Runs of identical regions are counted, other problems enumerated. Where there are segments, the
-nested program may do better; it also answers where no integer program can be solved. When a program
-ends without a choice, the greedy steps answer. Depends on the other solvers.
+Long runs of identical regions are counted. Of other problems, of layers that alternate say, the
+nested program proves a choice in about a second, or they are enumerated. Where there are segments,
+the nested program may do better; it also answers where no integer program can be solved. When a
+program ends without a choice, the greedy steps answer. Depends on the other solvers.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from memfit.solvers.problem import (
 from memfit.solvers.runs import find_runs
 
 NAME = "auto"
+LONG_RUN = 0.25
+"""Share of the regions that are in a run from which on it is counted at once."""
 
 
 def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
@@ -38,6 +41,10 @@ def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
 
 
 def _solve_flat(problem: Problem, limits: Limits) -> Solution:
+    if _longest_run(problem) < max(2, LONG_RUN * len(problem.regions)):
+        proved = nested_dp.prove(problem, limits)
+        if proved is not None:
+            return replace(proved, note="few choices are as good as the bound, and were all tried")
     picked, why = _pick(problem)
     try:
         solution = picked(problem, limits)

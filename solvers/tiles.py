@@ -9,7 +9,7 @@ what fits by the tiles does fit, but not the other way round. Depends on the rec
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,6 +60,11 @@ class Step:
     after: Held
     """Shared tensors that are held after it, of those that still count."""
 
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """None beats one that comes before it."""
+        return self.tile.seconds, self.tile.stored_bytes, self.needed_bytes
+
     def beats(self, other: "Step") -> bool:
         """Whether it leads to the same place with no more of anything but seconds."""
         return (
@@ -70,11 +75,20 @@ class Step:
         )
 
 
+def unbeaten(steps: Iterable[Step]) -> list[Step]:
+    """The steps that no other one beats."""
+    best: list[Step] = []
+    for step in sorted(steps, key=lambda step: step.order):
+        if not any(other.beats(step) for other in best):
+            best.append(step)
+    return best
+
+
 class Tiling:
     """The tiles of a problem. The last place, after all regions, has one of no regions."""
 
     def __init__(self, problem: Problem) -> None:
-        self.is_exact = len(problem.shared) <= MOST_SHARED
+        self.is_exact = _most_held(problem) <= MOST_SHARED
         """Whether nothing was taken at its worst."""
         self.problem = problem = problem if self.is_exact else _with_few_shared(problem)
         self._sizes = [tensor.size_bytes for tensor in problem.shared]
@@ -91,16 +105,12 @@ class Tiling:
         self._tiles = self._find_tiles()
 
     def steps(self, place: int, held: Held) -> list[Step]:
-        """The tiles that begin at a place, but for those that another one beats."""
+        """The tiles that begin at a place."""
         if (place, held) not in self._known:
-            steps: list[Step] = []
-            tiles = [(self._needed(tile, held), tile) for tile in self._tiles[place]]
-            tiles.sort(key=lambda pair: (pair[1].seconds, pair[1].stored_bytes, pair[0]))
-            for needed, tile in tiles:
-                step = Step(tile, needed, (held | tile.holds) & self._later[tile.stop])
-                if not any(other.beats(step) for other in steps):
-                    steps.append(step)
-            self._known[place, held] = steps
+            self._known[place, held] = [
+                Step(tile, self._needed(tile, held), (held | tile.holds) & self._later[tile.stop])
+                for tile in self._tiles[place]
+            ]
         return self._known[place, held]
 
     def _needed(self, tile: Tile, held: Held) -> int:
@@ -125,13 +135,55 @@ class Tiling:
             later.append(later[-1] | here)
         return later[:0:-1]
 
-    @cached_property
-    def least_rest(self) -> list[float]:
-        """For each place the fewest seconds of what follows, whatever it needs."""
-        rest = [0.0]
+    def least(self, price: float) -> tuple[float, int]:
+        """The least that all tiles take in seconds and ``price`` for each stored byte, whatever
+        they need, and the bytes that they then store."""
+        rest = [(0.0, 0)]
         for tiles in reversed(self._tiles[:-1]):
-            rest.append(min((t.seconds + rest[-len(t.choices)] for t in tiles), default=math.inf))
-        return rest[::-1]
+            least = (math.inf, 0)
+            for tile in tiles:
+                value, stored_bytes = rest[-len(tile.choices)]
+                value += tile.seconds + price * tile.stored_bytes
+                if value < least[0]:
+                    least = (value, stored_bytes + tile.stored_bytes)
+            rest.append(least)
+        return rest[-1]
+
+    def rest(self, price: float) -> dict[tuple[int, Held], float]:
+        """The least that follows a place where some shared tensors are held, in seconds and
+        ``price`` for each stored byte and each that is needed at the end."""
+        cheapest: list[dict[tuple[int, Held], float]] = []
+        for tiles in self._tiles[:-1]:
+            own: dict[tuple[int, Held], float] = {}
+            for tile in tiles:
+                key, value = (tile.stop, tile.holds), tile.seconds + price * tile.stored_bytes
+                own[key] = min(value, own.get(key, math.inf))
+            cheapest.append(own)
+        reached: list[set[Held]] = [set() for _ in self._tiles]
+        reached[0].add(frozenset())
+        for place, own in enumerate(cheapest):
+            for stop, holds in own:
+                reached[stop] |= {(held | holds) & self._later[stop] for held in reached[place]}
+        count = len(cheapest)
+        rest = {(count, held): price * self.needed_at_end(held) for held in reached[-1]}
+        for place in reversed(range(count)):
+            for held in reached[place]:
+                rest[place, held] = min(
+                    (
+                        value + rest[stop, (held | holds) & self._later[stop]]
+                        for (stop, holds), value in cheapest[place].items()
+                    ),
+                    default=math.inf,
+                )
+        return rest
+
+    def needed_at_end(self, held: Held) -> int:
+        """The least that any choice takes in the end above all that it stores, where some shared
+        tensors are held."""
+        count = len(self.problem.regions)
+        last = (t for tiles in self._tiles for t in tiles if t.stop == count and t.choices)
+        of_last = (self._needed(tile, held) - tile.stored_bytes for tile in last)
+        return max(self._needed(self._tiles[count][0], held), min(of_last, default=_NOTHING))
 
     def _find_tiles(self) -> list[list[Tile]]:
         tiles: list[list[Tile]] = [[] for _ in self.problem.regions]
@@ -196,6 +248,17 @@ class Tiling:
 
     def _holds(self, first: int, choices: tuple[int, ...]) -> Iterator[set[int]]:
         return (self._held[r, o] for r, o in enumerate(choices, first))
+
+
+def _most_held(problem: Problem) -> int:
+    """The most shared tensors that may be held between two regions and still count."""
+    spans = [
+        (min(r for r, _ in tensor.holders), max(problem.moments[i].place for i in tensor.moments))
+        for tensor in problem.shared
+        if tensor.holders and tensor.moments
+    ]
+    places = range(len(problem.regions) + 1)
+    return max(sum(first < place <= last for first, last in spans) for place in places)
 
 
 def _with_few_shared(problem: Problem) -> Problem:

@@ -111,6 +111,33 @@ def runs(draw: st.DrawFn) -> Problem:
     return at_some_budget(draw, Problem(regions, tuple(rows), 0, shared))
 
 
+@st.composite
+def alternating(draw: st.DrawFn) -> Problem:
+    """Regions in turns, that differ in their options or in the mask that they hold."""
+    unit = draw(st.sampled_from((1, 512, 3_000_000_007)))
+    count, period = draw(st.integers(3, 6)), draw(st.integers(2, 3))
+    menus = [tuple(draw(st.lists(options(unit), min_size=1, max_size=4))) for _ in range(2)]
+    of_turn = [draw(st.integers(0, 1)) for _ in range(period)]
+    kinds = [of_turn[r % period] for r in range(count)]
+    regions = tuple(Region(f"layers.{r}", menus[kind], kind) for r, kind in enumerate(kinds))
+    rows = [Moment("loss", draw(st.integers(0, 60)) * unit, count)]
+    steps = {phase: draw(st.integers(-8, 8)) for phase in PHASES}
+    rows += [
+        Moment(f"{phase} {r}", (48 + steps[phase] * r) * unit, r, r, phase)
+        for r in range(count)
+        for phase in PHASES
+    ]
+    late = tuple(i for i, m in enumerate(rows) if m.region is None or m.phase == "backward")
+    shared = []
+    for turn in range(period):
+        size = draw(st.integers(1, 20)) * unit
+        own = [o for o in range(len(menus[of_turn[turn]])) if draw(st.booleans())]
+        holders = tuple((r, o) for r in range(turn, count, period) for o in own)
+        if holders:
+            shared.append(SharedTensor(f"mask {turn}", size, holders, late))
+    return at_some_budget(draw, Problem(regions, tuple(rows), 0, tuple(shared)))
+
+
 def held(
     draw: st.DrawFn, regions: tuple[Region, ...], rows: list[Moment], unit: int
 ) -> tuple[SharedTensor, ...]:

@@ -26,10 +26,11 @@ from memfit.solvers import (
     flat_ilp,
     load_problem,
     minimise_peak,
+    nested_dp,
     peak_bytes,
 )
 from memfit.solvers.runs import find_runs
-from tests.problems import EXACT, chain, layers, problems, runs
+from tests.problems import EXACT, alternating, chain, layers, problems, runs
 
 PROBLEMS = Path(__file__).parent / "golden" / "problems"
 some = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -160,11 +161,28 @@ def test_a_budget_that_fits_all_recomputes_nothing(name: str) -> None:
     assert (solution.recompute_seconds, solution.status) == (0.0, Status.OPTIMAL)
 
 
-def test_auto_enumerates_what_has_no_runs() -> None:
+def test_auto_proves_or_enumerates_what_has_no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     regions = tuple(replace(r, kind=i) for i, r in enumerate(layers(4)))
     solution = SOLVERS["auto"](chain(regions, budget=449))
+    assert (solution.solver, solution.recompute_seconds) == ("nested_dp", 0.25)
+    assert solution.status is Status.OPTIMAL
+    monkeypatch.setattr(nested_dp, "MOST_IN_ALL", 3)
+    solution = SOLVERS["auto"](chain(regions, budget=449), EXACT)
     assert (solution.solver, solution.recompute_seconds) == ("flat_ilp", 0.25)
     assert solution.note == "no neighbouring regions are identical enough to be counted"
+
+
+@some
+@given(alternating())
+def test_auto_is_as_good_as_trying_all_where_regions_alternate(problem: Problem) -> None:
+    best = SOLVERS["brute_force"](problem)
+    solution = SOLVERS["auto"](problem, EXACT)
+    assert solution.status is best.status
+    assert solution.recompute_seconds == pytest.approx(best.recompute_seconds, abs=1e-9)
+    assert solution.peak_bytes == best.peak_bytes
+    loose = SOLVERS["auto"](problem, Limits(gap_seconds=0.002))
+    assert loose.bound_seconds <= best.recompute_seconds + 1e-9
+    assert loose.recompute_seconds <= best.recompute_seconds + 0.002 + 1e-9
 
 
 def test_auto_has_an_answer_where_no_program_can_be_solved(

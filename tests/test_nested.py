@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from memfit.integrations import cli
 from memfit.solvers import (
     SOLVERS,
-    Limits,
     Moment,
     Option,
     Problem,
@@ -152,6 +151,8 @@ def test_a_front_that_is_cut_still_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = replace(deep(16), budget_bytes=2000)
     exact = nested_dp.solve(problem)
     monkeypatch.setattr(nested_dp, "MOST_STATES", 3)
-    cut = SOLVERS["nested_dp"](problem, Limits())
+    monkeypatch.setattr(nested_dp, "MOST_IN_ALL", 3)
+    assert nested_dp.prove(problem, EXACT) is None
+    cut = SOLVERS["nested_dp"](problem, EXACT)
     assert cut.status is Status.FEASIBLE
     assert cut.recompute_seconds >= exact.recompute_seconds

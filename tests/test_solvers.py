@@ -177,7 +177,7 @@ def test_lowest_peak_counted_by_hand(find: Callable[[Problem], Solution]) -> Non
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_signs_with_its_name_and_takes_an_empty_problem(name: str) -> None:
     solution = SOLVERS[name](Problem((), (Moment("step", 7, 0),), budget_bytes=7))
-    signed = "flat_ilp" if name == "auto" else name
+    signed = "nested_dp" if name == "auto" else name
     assert (solution.solver, solution.choices) == (signed, ())
     assert (solution.status, solution.peak_bytes) == (Status.OPTIMAL, 7)
     over = SOLVERS[name](Problem((), (Moment("step", 7, 0),), budget_bytes=6))
