@@ -260,18 +260,18 @@ def measure_all(
         "Peaks above what is allocated before the step; regions: checkpointed + selective; "
         "+% of the unplanned step's time.\n"
     )
-    failures = []
+    lost = 0
 
     def measured() -> Iterator[Row | Exception]:
+        nonlocal lost
         for workload, goal in pairs:
             try:
                 yield measure_row(workload, goal, rounds, run)
             except (NotHere, processes.MeasurementFailed) as failure:
-                failures.append(failure)
+                lost += isinstance(failure, processes.MeasurementFailed)
                 yield failure
 
-    rows = print_rows(HEADERS, measured())
-    return rows, sum(isinstance(f, processes.MeasurementFailed) for f in failures)
+    return print_rows(HEADERS, measured()), lost
 
 
 def conclude(rows: Sequence[Row], lost: int, timed: bool) -> int:

@@ -1,6 +1,6 @@
 """What memfit states for CUDA, measured on a CUDA device with models of the size people train.
 
-    python benchmarks/gpu.py [--part truth|frontier|costs|overhead] [--models gpt2] [--minutes 9]
+    python benchmarks/gpu.py [--part truth|frontier|costs|overhead] [--models gpt2] [--minutes 8]
 
 ``truth``: peaks, budgets, gradients (gpu_truth.py). ``costs``: seconds of steps and of ops
 (costs.py). ``overhead``: what the machinery costs the host (overhead.py), and a step that is bound
@@ -62,16 +62,16 @@ def main() -> int:
     if arguments.device == "cuda":
         _warm_up()
     until_seconds = time.monotonic() + 60 * arguments.minutes
-    run = _runner(arguments, until_seconds)
+    kind = {"deterministic": True} if arguments.deterministic else {}
+    run = _asking(kind, _runner(arguments, until_seconds))
     parts = (arguments.part,) if arguments.part else tuple(_PARTS)
     return max([_run(part, arguments, run) for part in parts])
 
 
 def _be_deterministic() -> None:
-    """Attention by kernels that repeat themselves; what has none raises."""
+    """Kernels that repeat themselves; what has none raises. cuDNN's attention has none."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -99,21 +99,21 @@ def _truth(arguments: argparse.Namespace, run: processes.Measure) -> Result:
     made = (gpu_truth.HERE,) if arguments.deterministic else tuple(gpu_truth.TOLERANCES)
     workloads = _workloads(arguments, optimizer="adamw")
     requests = gpu_truth.requests_for(workloads, arguments.shares or shares, made)
-    rows, lost = gpu_truth.measure_all(requests, _asking("truth", run))
+    rows, lost = gpu_truth.measure_all(requests, _asking({"measure": "truth"}, run))
     return gpu_truth.conclude(rows, lost), [gpu_truth.record(row) for row in rows]
 
 
 def _costs(arguments: argparse.Namespace, run: processes.Measure) -> Result:
     workloads = _workloads(arguments, optimizer="adamw")
     requests = costs.requests_for(workloads, ROUNDS)
-    rows, kinds, lost = costs.measure_all(requests, _asking("costs", run))
+    rows, kinds, lost = costs.measure_all(requests, _asking({"measure": "costs"}, run))
     code = costs.conclude(rows, lost, timed=not arguments.tiny)
     return code, [*map(costs.record, rows), *map(costs.record, kinds)]
 
 
 def _overhead(arguments: argparse.Namespace, run: processes.Measure) -> Result:
     request = overhead.request_for(arguments.tiny, arguments.device)
-    result = processes.attempt(_asking("overhead", run), request)
+    result = processes.attempt(_asking({"measure": "overhead"}, run), request)
     if isinstance(result, processes.MeasurementFailed):
         print(result)
         return 1, []
@@ -121,10 +121,11 @@ def _overhead(arguments: argparse.Namespace, run: processes.Measure) -> Result:
     code = overhead.conclude(chains, timed=not arguments.tiny)
     size = "tiny" if arguments.tiny else "launch"
     print(f"\nA step that is bound by launching its ops ({size}):")
-    workload = Workload("gpt2", size=size, device=arguments.device)
+    dtype = "bfloat16" if arguments.device == "cuda" else "float32"
+    workload = Workload("gpt2", size=size, dtype=dtype, device=arguments.device)
     goals = _LAUNCH_GOALS[-1:] if arguments.tiny else _LAUNCH_GOALS
     pairs = [(workload, goal) for goal in goals]
-    rows, lost = frontier.measure_all(pairs, ROUNDS, _asking("frontier", run))
+    rows, lost = frontier.measure_all(pairs, ROUNDS, _asking({"measure": "frontier"}, run))
     code = max(code, frontier.conclude(rows, lost, timed=not arguments.tiny))
     return code, [*map(overhead.record, chains), *map(frontier.record, rows)]
 
@@ -133,7 +134,7 @@ def _frontier(arguments: argparse.Namespace, run: processes.Measure) -> Result:
     goals = ("hf_1", "half") if arguments.tiny else frontier.GOALS
     pairs = [(w, g) for w in _workloads(arguments) for g in arguments.goals or goals]
     pairs.sort(key=lambda pair: pair[1] in frontier.COMPILED_GOALS)  # what takes minutes comes last
-    rows, lost = frontier.measure_all(pairs, ROUNDS, _asking("frontier", run))
+    rows, lost = frontier.measure_all(pairs, ROUNDS, _asking({"measure": "frontier"}, run))
     code = frontier.conclude(rows, lost, timed=not arguments.tiny)
     return code, [frontier.record(row) for row in rows]
 
@@ -164,9 +165,9 @@ def _runner(arguments: argparse.Namespace, until_seconds: float) -> processes.Me
     return Remembered(arguments.to / _REMEMBERED, measure, arguments.device, until_seconds)
 
 
-def _asking(name: str, run: processes.Measure) -> processes.Measure:
-    """Requests for one of the measurements."""
-    return lambda request: run({**request, "measure": name})
+def _asking(more: dict[str, Any], run: processes.Measure) -> processes.Measure:
+    """Adds to requests which measurement they are for, or how it is made."""
+    return lambda request: run({**request, **more})
 
 
 def _measure(request: processes.Request) -> dict[str, Any]:
@@ -174,16 +175,18 @@ def _measure(request: processes.Request) -> dict[str, Any]:
 
 
 def _in_this_process(request: processes.Request) -> dict[str, Any]:
-    """The next measurement is to begin whatever became of this one."""
+    """The next measurement is to begin whatever became of this one, and to find the GPU empty."""
+    told = ""
     try:
         return _measure(request)
     except Exception as error:
-        forget_shared()
         told = "".join(traceback.format_exception(error, limit=-3))
-        raise processes.MeasurementFailed(f"measuring {dict(request)} failed: {told}") from None
+        forget_shared()
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+    # Not raised from the error, whose traceback would hold the model.
+    raise processes.MeasurementFailed(f"measuring {dict(request)} failed: {told}")
 
 
 def _parse() -> argparse.Namespace:
@@ -192,7 +195,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=GPU_MODELS, default=GPU_MODELS)
     parser.add_argument("--shares", nargs="+", type=float, help="of what the unplanned step adds")
     parser.add_argument("--goals", nargs="+", choices=frontier.GOALS, metavar="NAME")
-    parser.add_argument("--minutes", type=float, default=9.0, help="to begin rows in")
+    parser.add_argument("--minutes", type=float, default=8.0, help="to begin rows in")
     parser.add_argument("--to", type=Path, default=RESULTS, help="folder for what was measured")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--deterministic", action="store_true", help="kernels that repeat")

@@ -11,7 +11,7 @@ step to run. Gradients must be equal to the bit, or, where the unplanned step do
 import gc
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -37,6 +37,7 @@ REPEATS = 2
 """How often the unplanned step is repeated to see how far it is from itself."""
 EXCESSES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares of the budget that are left free beside it, one after the other until the step runs."""
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 _SEGMENT_BYTES = 2 * 2**20
 """What CUDA's allocator takes from the GPU is a multiple of this."""
 HEADERS = (
@@ -135,10 +136,14 @@ def measure(request: processes.Request) -> dict[str, Any]:
     made, at_minimum = _plan(trainer, workload, request["share"], request["made"])
     plan_seconds = time.perf_counter() - begin
     on_gpu = workload.device == "cuda"
+    trainer.before()
+    gc.collect()
+    torch.cuda.empty_cache()  # what other rows left is not to count as reserved
     with apply(made, trainer.model):
         peak = trainer.peak()
         reserved_bytes = torch.cuda.max_memory_reserved() if on_gpu else None
-        excess = find_excess(trainer, made.budget_bytes) if on_gpu else None
+        is_filled = on_gpu and request["made"] == HERE
+        excess = find_excess(trainer, made.budget_bytes) if is_filled else None
     before_bytes = peak.before_bytes or trainer.held_bytes()
     equal, difference, noise = _compare(trainer, made)
     return asdict(
@@ -189,14 +194,18 @@ def _runs_within(trainer: Trainer, limit_bytes: int) -> bool:
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info()
     segments = (free_bytes + torch.cuda.memory_reserved() - limit_bytes) // _SEGMENT_BYTES
-    ballast = torch.empty(max(0, segments) * _SEGMENT_BYTES, dtype=torch.uint8, device="cuda")
+    ballast = None
     try:
+        ballast = torch.empty(max(0, segments) * _SEGMENT_BYTES, dtype=torch.uint8, device="cuda")
         trainer.step()
         torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # PyTorch's own, or that of a library that allocates by itself
+        if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise
         return False
     finally:
         del ballast
+        torch.cuda.empty_cache()
     return True
 
 
@@ -214,10 +223,10 @@ def _compare(trainer: Trainer, made: Plan) -> tuple[str, float, float]:
 
 
 def distance(one: Outcome, other: Outcome) -> float:
-    """Length of the difference of all gradients over the length of the other's; infinite if either
-    lacks one of them."""
+    """Length of the difference of all gradients over the length of the other's; a gradient that
+    only one of them has counts as if all were missing, as 1."""
     if one.gradients.keys() != other.gradients.keys():
-        return float("inf")
+        return 1.0
     pairs = [(one.gradients[name], gradient) for name, gradient in other.gradients.items()]
     apart = sum(float((a - b).double().norm()) ** 2 for a, b in pairs)
     length = sum(float(b.double().norm()) ** 2 for _, b in pairs)
@@ -227,11 +236,31 @@ def distance(one: Outcome, other: Outcome) -> float:
 def measure_all(
     requests: Sequence[processes.Request], run: processes.Measure
 ) -> tuple[list[Row], int]:
-    """Measures and prints every row; also how many could not be measured."""
+    """Measures and prints every row; also how many could not be measured.
+
+    Shares come from the largest to the smallest: after the least plan there is no other.
+    """
     print("All that is allocated at the peak; regions: recomputed of all.\n")
-    results = (processes.attempt(run, request) for request in requests)
-    rows = print_rows(HEADERS, (r if isinstance(r, Exception) else Row(**r) for r in results))
-    return rows, len(requests) - len(rows)
+    lost = 0
+    least: set[tuple[str, str]] = set()
+
+    def measured() -> Iterator[Row | processes.MeasurementFailed]:
+        nonlocal lost
+        for request in requests:
+            which = request["workload"]["model"], request["made"]
+            if which in least:
+                continue
+            result = processes.attempt(run, request)
+            if isinstance(result, processes.MeasurementFailed):
+                lost += 1
+                yield result
+                continue
+            row = Row(**result)
+            if row.at_minimum:
+                least.add(which)
+            yield row
+
+    return print_rows(HEADERS, measured()), lost
 
 
 def conclude(rows: Sequence[Row], lost: int) -> int:

@@ -39,7 +39,7 @@ class Remembered:
         key = _key(request)
         if key not in self._known:
             if time.monotonic() > self._until_seconds:
-                raise MeasurementFailed(f"{key}: time is up; the same command goes on from here")
+                raise MeasurementFailed("time is up; the same command goes on from here")
             result = self._measure(request)
             record = {"request": dict(request), "result": result, "by": self._by}
             with self._path.open("a", encoding="utf-8") as file:

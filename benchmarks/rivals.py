@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from benchmarks.training import checkpoint_layers, keep_layers
+from benchmarks.training import checkpoint_layers, checkpointing, keep_layers
 
 _aten = torch.ops.aten
 _BATCHED = frozenset({_aten.bmm.default, _aten.baddbmm.default})
@@ -109,10 +109,10 @@ def _selective(name: str, new_policy: Callable[[], Callable[..., Any]]) -> Rival
 def _missing_offload() -> str:
     if not torch.cuda.is_available():
         return "activations are offloaded from a GPU"
-    switch = getattr(transformers.PreTrainedModel, "activation_checkpointing_enable", None)
-    if switch is None or "offload" not in inspect.signature(switch).parameters:
-        return f"transformers {transformers.__version__} does not offload activations"
-    return ""
+    model = transformers.PreTrainedModel
+    if "offload" in inspect.signature(checkpointing(model, "enable")).parameters:
+        return ""
+    return f"transformers {transformers.__version__} does not offload activations"
 
 
 def _compiled(share: float) -> Rival:
@@ -143,7 +143,8 @@ def _set_activation_budget(share: float) -> None:
 def _missing_compiler() -> str:
     """Compiles something small; the end of the error where that fails."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:
         return f"torch.compile does not work: {str(error).strip().splitlines()[0]}"
     return ""

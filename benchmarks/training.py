@@ -76,6 +76,7 @@ class Trainer:
         if workload not in _shared:
             _shared.clear()
             gc.collect()
+            torch.cuda.empty_cache()  # does nothing where there is no GPU
             _shared[workload] = cls.of(workload)
         return _shared[workload]
 
@@ -187,17 +188,20 @@ def checkpoint_layers(
     ``more`` is ``offload``, where transformers has that.
     """
     options = {"use_reentrant": False} | ({"context_fn": context_fn} if context_fn else {})
-    _checkpointing(model, "enable")(options, every_n_layers=every_n_layers, **more)
+    checkpointing(model, "enable")(options, every_n_layers=every_n_layers, **more)
 
 
 def keep_layers(model: nn.Module) -> None:
     """Switches transformers' own checkpointing off, and its hook on the embeddings with it."""
-    _checkpointing(model, "disable")()
+    checkpointing(model, "disable")()
     model.disable_input_require_grads()  # type: ignore[operator]
 
 
-def _checkpointing(model: nn.Module, switch: str) -> Callable[..., None]:
-    """A switch by its name, which before transformers 5.18 or so began with ``gradient``."""
+def checkpointing(model: nn.Module | type[nn.Module], switch: str) -> Callable[..., None]:
+    """A switch of a model or of its class, by its name.
+
+    Before transformers 5.18 or so that began with ``gradient``.
+    """
     now, before = (f"{kind}_checkpointing_{switch}" for kind in ("activation", "gradient"))
     function: Callable[..., None] = getattr(model, now if hasattr(model, now) else before)
     return function

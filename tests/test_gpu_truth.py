@@ -74,7 +74,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[int]]:
 
         def step(_: Trainer) -> None:
             if step_bytes > free_bytes - ballasts[-1]:
-                raise torch.OutOfMemoryError
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
         for name in ("synchronize", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -133,9 +133,9 @@ def test_gradients_may_differ_as_those_of_the_unplanned_step_do(
         assert noise == pytest.approx(max(abs(g - 4.0) for g in gradients[2:]) / 5)
 
 
-def test_a_gradient_that_is_missing_is_infinitely_far() -> None:
+def test_a_gradient_that_is_missing_is_as_far_as_all() -> None:
     one, other = (Outcome(torch.tensor(1.0), {name: torch.ones(1)}) for name in "ab")
-    assert gpu_truth.distance(one, other) == float("inf")
+    assert gpu_truth.distance(one, other) == 1.0
 
 
 def test_measurements_are_remembered_but_for_those_of_other_versions(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_measurements_are_remembered_but_for_those_of_other_versions(tmp_path: P
     assert Remembered(path, measure, "cpu", float("inf"))({"a": 1, "b": 2}) == {"seen": 1}
     late = Remembered(path, measure, "cpu", 0.0)
     assert late({"b": 2, "a": 1}) == {"seen": 1}
-    with pytest.raises(MeasurementFailed, match=r'"a": 2.*time is up'):
+    with pytest.raises(MeasurementFailed, match="time is up"):
         late({"a": 2})
     record = json.loads(path.read_text())
     record["by"]["versions"]["torch"] = "1.0"
