@@ -94,11 +94,11 @@ def _run(part: str, arguments: argparse.Namespace, run: processes.Measure) -> in
 
 
 def _truth(arguments: argparse.Namespace, run: processes.Measure) -> Result:
-    shares = (1.0, 0.6) if arguments.tiny else gpu_truth.SHARES
+    shares = arguments.shares or ((1.0, 0.6) if arguments.tiny else gpu_truth.SHARES)
     # What runs deterministically is not what a plan that is made apart knows of.
     made = (gpu_truth.HERE,) if arguments.deterministic else tuple(gpu_truth.TOLERANCES)
     workloads = _workloads(arguments, optimizer="adamw")
-    requests = gpu_truth.requests_for(workloads, arguments.shares or shares, made)
+    requests = gpu_truth.requests_for(workloads, sorted(shares, reverse=True), made)
     rows, lost = gpu_truth.measure_all(requests, _asking({"measure": "truth"}, run))
     return gpu_truth.conclude(rows, lost), [gpu_truth.record(row) for row in rows]
 
