@@ -208,22 +208,20 @@ def measure_all(
     """Measures and prints every row; also how many models could not be measured."""
     print(f"Plans into {SHARE:g} of what the unplanned step adds; +% of the unplanned step.\n")
     kinds: list[Kind] = []
-    lost = []
 
     def rows() -> Iterator[Row | processes.MeasurementFailed]:
         for request in requests:
             result = processes.attempt(run, request)
             if isinstance(result, processes.MeasurementFailed):
-                lost.append(request)
                 yield result
                 continue
             kinds.extend(Kind(**kind) for kind in result["kinds"])
             yield from (Row(**row) for row in result["rows"])
 
-    measured = print_rows(HEADERS, rows())
+    measured, lost = print_rows(HEADERS, rows())
     print("\nOps where they run alone; reached: of the peak, and of what a launch is taken for.\n")
     print_rows(KIND_HEADERS, kinds)
-    return measured, kinds, len(lost)
+    return measured, kinds, lost
 
 
 def conclude(rows: Sequence[Row], lost: int, timed: bool) -> int:

@@ -260,18 +260,15 @@ def measure_all(
         "Peaks above what is allocated before the step; regions: checkpointed + selective; "
         "+% of the unplanned step's time.\n"
     )
-    lost = 0
 
     def measured() -> Iterator[Row | Exception]:
-        nonlocal lost
         for workload, goal in pairs:
             try:
                 yield measure_row(workload, goal, rounds, run)
             except (NotHere, processes.MeasurementFailed) as failure:
-                lost += isinstance(failure, processes.MeasurementFailed)
                 yield failure
 
-    return print_rows(HEADERS, measured()), lost
+    return print_rows(HEADERS, measured())
 
 
 def conclude(rows: Sequence[Row], lost: int, timed: bool) -> int:

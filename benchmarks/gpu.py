@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / ".links"))
 
 import torch
 
-from benchmarks import costs, frontier, gpu_truth, overhead, processes
+from benchmarks import costs, frontier, gpu_truth, overhead, processes, truth
 from benchmarks.report import RESULTS, write_results
 from benchmarks.resuming import Remembered
 from benchmarks.training import Trainer, forget_shared
@@ -94,7 +94,7 @@ def _run(part: str, arguments: argparse.Namespace, run: processes.Measure) -> in
 
 
 def _truth(arguments: argparse.Namespace, run: processes.Measure) -> Result:
-    shares = arguments.shares or ((1.0, 0.6) if arguments.tiny else gpu_truth.SHARES)
+    shares = arguments.shares or (truth.QUICK_BUDGETS if arguments.tiny else gpu_truth.SHARES)
     # What runs deterministically is not what a plan that is made apart knows of.
     made = (gpu_truth.HERE,) if arguments.deterministic else tuple(gpu_truth.TOLERANCES)
     workloads = _workloads(arguments, optimizer="adamw")
@@ -121,8 +121,7 @@ def _overhead(arguments: argparse.Namespace, run: processes.Measure) -> Result:
     code = overhead.conclude(chains, timed=not arguments.tiny)
     size = "tiny" if arguments.tiny else "launch"
     print(f"\nA step that is bound by launching its ops ({size}):")
-    dtype = "bfloat16" if arguments.device == "cuda" else "float32"
-    workload = Workload("gpt2", size=size, dtype=dtype, device=arguments.device)
+    workload = _workload(arguments, "gpt2", size)
     goals = _LAUNCH_GOALS[-1:] if arguments.tiny else _LAUNCH_GOALS
     pairs = [(workload, goal) for goal in goals]
     rows, lost = frontier.measure_all(pairs, ROUNDS, _asking({"measure": "frontier"}, run))
@@ -149,12 +148,16 @@ _PARTS: dict[str, Callable[[argparse.Namespace, processes.Measure], Result]] = {
 
 def _workloads(arguments: argparse.Namespace, optimizer: str | None = None) -> list[Workload]:
     size = "tiny" if arguments.tiny else "large"
+    return [_workload(arguments, model, size, optimizer) for model in arguments.models]
+
+
+def _workload(
+    arguments: argparse.Namespace, model: str, size: str, optimizer: str | None = None
+) -> Workload:
+    device = arguments.device
     # A CPU's bfloat16 convolutions make temporaries of their own.
-    dtype = "bfloat16" if arguments.device == "cuda" else "float32"
-    return [
-        Workload(m, size=size, dtype=dtype, device=arguments.device, optimizer=optimizer)
-        for m in arguments.models
-    ]
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return Workload(model, size=size, dtype=dtype, device=device, optimizer=optimizer)
 
 
 def _runner(arguments: argparse.Namespace, until_seconds: float) -> processes.Measure:

@@ -136,9 +136,7 @@ def measure(request: processes.Request) -> dict[str, Any]:
     made, at_minimum = _plan(trainer, workload, request["share"], request["made"])
     plan_seconds = time.perf_counter() - begin
     on_gpu = workload.device == "cuda"
-    trainer.before()
-    gc.collect()
-    torch.cuda.empty_cache()  # what other rows left is not to count as reserved
+    _begin_empty(trainer)  # what other rows left is not to count as reserved
     with apply(made, trainer.model):
         peak = trainer.peak()
         reserved_bytes = torch.cuda.max_memory_reserved() if on_gpu else None
@@ -186,12 +184,17 @@ def find_excess(trainer: Trainer, budget_bytes: int) -> float:
     return 1.0
 
 
-def _runs_within(trainer: Trainer, limit_bytes: int) -> bool:
-    """Whether a step runs with all of the GPU filled but for the limit, what is there included."""
+def _begin_empty(trainer: Trainer) -> None:
+    """Ready for a step, with nothing in CUDA's cache."""
     trainer.before()
     gc.collect()
-    torch.cuda.synchronize()
     torch.cuda.empty_cache()
+
+
+def _runs_within(trainer: Trainer, limit_bytes: int) -> bool:
+    """Whether a step runs with all of the GPU filled but for the limit, what is there included."""
+    torch.cuda.synchronize()
+    _begin_empty(trainer)
     free_bytes, _ = torch.cuda.mem_get_info()
     segments = (free_bytes + torch.cuda.memory_reserved() - limit_bytes) // _SEGMENT_BYTES
     ballast = None
@@ -241,18 +244,15 @@ def measure_all(
     Shares come from the largest to the smallest: after the least plan there is no other.
     """
     print("All that is allocated at the peak; regions: recomputed of all.\n")
-    lost = 0
     least: set[tuple[str, str]] = set()
 
     def measured() -> Iterator[Row | processes.MeasurementFailed]:
-        nonlocal lost
         for request in requests:
             which = request["workload"]["model"], request["made"]
             if which in least:
                 continue
             result = processes.attempt(run, request)
             if isinstance(result, processes.MeasurementFailed):
-                lost += 1
                 yield result
                 continue
             row = Row(**result)
@@ -260,7 +260,7 @@ def measure_all(
                 least.add(which)
             yield row
 
-    return print_rows(HEADERS, measured()), lost
+    return print_rows(HEADERS, measured())
 
 
 def conclude(rows: Sequence[Row], lost: int) -> int:

@@ -228,7 +228,8 @@ def show(result: dict[str, Any], request: processes.Request) -> list[Row]:
     """Prints the rows of a measurement, and returns them."""
     ops, rounds = request["ops"], request["rounds"]
     print(f"Microseconds of the host for each of {ops} ops, medians of {rounds} rounds.\n")
-    return print_rows(HEADERS, (Row(**row) for row in result["rows"]))
+    rows, _ = print_rows(HEADERS, (Row(**row) for row in result["rows"]))
+    return rows
 
 
 def conclude(rows: Sequence[Row], timed: bool) -> int:

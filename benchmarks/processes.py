@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -35,12 +35,10 @@ def answer(measure: Measure, request: str) -> None:
     print(_MARK + json.dumps(measure(json.loads(request))), flush=True)
 
 
-def alone(
-    script: str | Path, request: Request, *, threads: int = 1, options: Sequence[str] = ()
-) -> dict[str, Any]:
+def alone(script: str | Path, request: Request, *, threads: int = 1) -> dict[str, Any]:
     """The parent's part: one measurement in a new process."""
     done = subprocess.run(
-        [sys.executable, str(script), *options, ALONE, json.dumps(request)],
+        [sys.executable, str(script), ALONE, json.dumps(request)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},

@@ -1,6 +1,6 @@
 """Tables for people and JSON for later: what was measured, with which versions, where and when.
 
-Depends on the standard library; versions are read from installed packages.
+Depends on the running of measurements; versions are read from installed packages.
 """
 
 import json
@@ -13,6 +13,8 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from benchmarks.processes import MeasurementFailed
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -49,17 +51,21 @@ class _HasCells(Protocol):
 R = TypeVar("R", bound=_HasCells)
 
 
-def print_rows(headers: Sequence[str], rows: Iterable[R | Exception]) -> list[R]:
-    """Prints rows as they come, in their place why one could not be measured; returns the rows."""
+def print_rows(headers: Sequence[str], rows: Iterable[R | Exception]) -> tuple[list[R], int]:
+    """Prints rows as they come, and in their place why there is none.
+
+    Returns the rows, and how many measurements failed.
+    """
     table = Table(headers)
-    measured = []
+    measured, failed = [], 0
     for row in rows:
         if isinstance(row, Exception):
             print(row)
+            failed += isinstance(row, MeasurementFailed)
             continue
         table.row(row.cells())
         measured.append(row)
-    return measured
+    return measured, failed
 
 
 def write_results(

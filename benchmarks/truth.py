@@ -176,8 +176,7 @@ def measure_all(
     """Measures and prints every row; also how many could not be measured."""
     print("MiB above what is allocated before the step; regions: recomputed of all.\n")
     results = processes.each(measure_one, requests, jobs)
-    rows = print_rows(HEADERS, (r if isinstance(r, Exception) else Row(**r) for r in results))
-    return rows, len(requests) - len(rows)
+    return print_rows(HEADERS, (r if isinstance(r, Exception) else Row(**r) for r in results))
 
 
 def conclude(rows: Sequence[Row], lost: int) -> int:

@@ -41,11 +41,12 @@ def solve(problem: Problem, limits: Limits = DEFAULT_LIMITS) -> Solution:
 
 
 def _solve_flat(problem: Problem, limits: Limits) -> Solution:
-    if _longest_run(problem) < max(2, LONG_RUN * len(problem.regions)):
+    longest = _longest_run(problem)
+    if longest < max(2, LONG_RUN * len(problem.regions)):
         proved = nested_dp.prove(problem, limits)
         if proved is not None:
             return replace(proved, note="few choices are as good as the bound, and were all tried")
-    picked, why = _pick(problem)
+    picked, why = _pick(longest)
     try:
         solution = picked(problem, limits)
     except NoSolver as missing:
@@ -82,8 +83,7 @@ def _minimise_flat(problem: Problem, limits: Limits) -> Solution:
         return nested_dp.minimise_peak(problem, limits)
 
 
-def _pick(problem: Problem) -> tuple[Solver, str]:
-    longest = _longest_run(problem)
+def _pick(longest: int) -> tuple[Solver, str]:
     if longest > 1:
         return count_ilp.solve, f"{longest} neighbouring regions are identical, and so are counted"
     return flat_ilp.solve, "no neighbouring regions are identical enough to be counted"
